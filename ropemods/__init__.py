@@ -1,0 +1,55 @@
+"""Modify positional encoding at training time in Hugging Face causal LMs, and measure what it does."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ropemods.attach import apply, remove, set_strength, summary
+    from ropemods.checkpoint import export, from_pretrained
+    from ropemods.comparison import Comparison, compare, compare_arms
+    from ropemods.leakage.measure import measure
+    from ropemods.leakage.protocol import Protocol
+    from ropemods.leakage.report import Report
+    from ropemods.leakage.suggest import Suggestion, suggest
+    from ropemods.mods import AdaptiveTemperature, LearnedSink, ReplacedBos, TruncatedRoPE, UnrotatedBos
+    from ropemods.schedule import StrengthSchedule
+
+_HOMES = {
+    "TruncatedRoPE": "mods",
+    "AdaptiveTemperature": "mods",
+    "ReplacedBos": "mods",
+    "UnrotatedBos": "mods",
+    "LearnedSink": "mods",
+    "apply": "attach",
+    "remove": "attach",
+    "set_strength": "attach",
+    "summary": "attach",
+    "from_pretrained": "checkpoint",
+    "export": "checkpoint",
+    "StrengthSchedule": "schedule",
+    "measure": "leakage.measure",
+    "Protocol": "leakage.protocol",
+    "Report": "leakage.report",
+    "compare": "comparison",
+    "compare_arms": "comparison",
+    "Comparison": "comparison",
+    "suggest": "leakage.suggest",
+    "Suggestion": "leakage.suggest",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when they are first used, so that `import ropemods` costs next to nothing.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ropemods' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ropemods.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

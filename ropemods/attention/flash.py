@@ -1,0 +1,178 @@
+"""Kernels that return a row's log-sum-exp, and what can be computed exactly from them in O(T) memory.
+
+`row_entropy` needs one flash call with the keys in the values' place, because with E_i = Σ_j p_ij s_ij
+
+    H_i = lse_i − E_i   and   E_i = scale · ⟨q_i, Attn(q, k, k)_i⟩.
+
+Its backward is a flash backward: dH_i/ds_ij = −p_ij (s_ij − E_i), which is the logit gradient of attention with
+values k, output Attn(q, k, k) and output gradient −scale · q_i; dq and dk are kept, dv is nobody's.
+
+`attend_with_sink` adds a logit to every row's denominator. The softmax over keys and sink has log-sum-exp
+lse' = log(e^lse + e^sink), so the output is the kernel's times e^(lse − lse'), and the kernel's own backward is exact
+when it is handed lse' and the final output: it rebuilds p = e^(s − lse') and ds = p (⟨dO, v⟩ − ⟨dO, out⟩) from them.
+
+Both are custom operators, so that a graph holds each as one node. They are written in operators that torch can trace
+without data, so each function is its own fake.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+aten = torch.ops.aten
+
+
+def unsupported(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> str | None:
+    """Why no kernel of this machine returns a log-sum-exp for these inputs; None when one does."""
+    device, dtype = q_BHTD.device.type, q_BHTD.dtype
+    if device not in ("cpu", "cuda"):
+        return f"no attention kernel with a log-sum-exp is known for device '{device}'"
+    if device == "cuda" and dtype == torch.float64:
+        return "no CUDA attention kernel takes float64"
+    if device == "cuda" and max(q_BHTD.shape[-1], v_BGSD.shape[-1]) > 256:
+        return f"CUDA attention kernels stop at a head dim of 256, and this one is {q_BHTD.shape[-1]}"
+    return None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The kernel's output and log-sum-exp."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    if _takes_flash(q, mask):
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]].clone()
+
+
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of the kernel, for the `out` and `lse` it is handed."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    # The state of the random numbers of dropout, which is never read: there is none.
+    state = torch.empty((), dtype=torch.int64)
+    if _takes_flash(q, mask):
+        queries, keys = q.shape[2], k.shape[2]
+        return aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, queries, keys, 0.0, causal, state, state, scale=scale
+        )
+    # The kernel wants its log-sum-exp in rows of a multiple of 32, as it returned it.
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()
+    return aten._scaled_dot_product_efficient_attention_backward(
+        d_out, q, k, v, mask, out, padded, state, state, 0.0, (True, True, True, False), causal, scale=scale
+    )[:3]
+
+
+def _takes_flash(q: Tensor, mask: Tensor | None) -> bool:
+    return mask is None and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _as_operator(function: Callable[..., Any]) -> Any:
+    """The function as `torch.ops.ropemods.<its name>`, and as its own fake."""
+    operator = custom_op(f"ropemods::{function.__name__.strip('_')}", function, mutates_args=())
+    operator.register_fake(function)
+    return operator
+
+
+@_as_operator
+def _row_entropy(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H, and what its backward wants: Attn(q, k, k) and lse."""
+    mean_key, lse = _forward(q, k, k, mask, causal, scale)
+    mean_logit = (q.to(lse.dtype) * mean_key.to(lse.dtype)).sum(-1) * scale
+    return lse - mean_logit, mean_key, lse
+
+
+@_as_operator
+def _attend_with_sink(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out and the log of the denominator, the sink included."""
+    out, lse = _forward(q, k, v, mask, causal, scale)
+    if sink is None:
+        return out, lse
+    log_z = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
+    return (out * torch.exp(lse - log_z).unsqueeze(-1)).to(out.dtype), log_z
+
+
+def _keep_for_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, mask, ctx.causal, ctx.scale = inputs
+    _, mean_key, lse = output
+    ctx.save_for_backward(q, k, mask, mean_key, lse)
+    ctx.mark_non_differentiable(mean_key, lse)
+
+
+def _entropy_gradients(ctx: Any, d_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, mask, mean_key, lse = ctx.saved_tensors
+    d_mean_key = (q * (-ctx.scale * d_entropy).unsqueeze(-1)).to(q.dtype)
+    dq, dk, _ = _backward(d_mean_key, q, k, k, mask, mean_key, lse, ctx.causal, ctx.scale)
+    return dq, dk, None, None, None
+
+
+def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, sink, mask, ctx.causal, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, sink, mask, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _attention_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, sink, mask, out, lse = ctx.saved_tensors
+    dq, dk, dv = _backward(d_out, q, k, v, mask, out, lse, ctx.causal, ctx.scale)
+    d_sink = None
+    if sink is not None and ctx.needs_input_grad[3]:
+        # The sink's share of row i is e^(sink − lse'), and its value is 0.
+        share = torch.exp(sink.to(lse.dtype)[:, None] - lse)
+        d_sink = -(share * (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sink.dtype)
+    return dq, dk, dv, d_sink, None, None, None
+
+
+_row_entropy.register_autograd(_entropy_gradients, setup_context=_keep_for_entropy)
+_attend_with_sink.register_autograd(_attention_gradients, setup_context=_keep_for_attention)
+
+
+def _like_queries(x_BGSD: Tensor, q_BHTD: Tensor) -> Tensor:
+    """Key/value heads repeated for kernels that want as many as query heads (the CPU's takes them grouped)."""
+    if q_BHTD.device.type == "cpu":
+        return x_BGSD
+    return x_BGSD.repeat_interleave(q_BHTD.shape[1] // x_BGSD.shape[1], dim=1)
+
+
+def row_entropy(q_BHTD: Tensor, k_BGSD: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """H of every row (B, H, T), in nats, differentiable in q and k."""
+    entropy, *_ = _row_entropy(q_BHTD, _like_queries(k_BGSD, q_BHTD), mask, causal, scale)
+    return entropy
+
+
+def attend_with_sink(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    sink_H: Tensor | None,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, D) and the log of each row's denominator (B, H, T), the sink included; lse has no gradient."""
+    k_BHSD, v_BHSD = _like_queries(k_BGSD, q_BHTD), _like_queries(v_BGSD, q_BHTD)
+    return _attend_with_sink(q_BHTD, k_BHSD, v_BHSD, sink_H, mask, causal, scale)

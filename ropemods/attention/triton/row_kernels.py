@@ -1,0 +1,210 @@
+"""Three kernels over the logits of a row, without the values: its log-sum-exp and entropy, and their gradients.
+
+Forward, over the keys of a row, with m the highest logit so far:
+
+    l = Σ e^(s − m)      t = Σ (s − m) e^(s − m)      lse = m + log l      H = log l − t / l
+
+When m rises by a, both sums shrink by e^(−a), and t loses a for each unit of l. H never is the difference of two large
+numbers, as lse − E is. Backward, with log p = s − lse:
+
+    ds = p · (d_lse − d_H · (log p + H))      dq = scale · Σ_j ds k_j      dk = scale · Σ_i ds q_i
+
+dq is summed over keys by the program of its queries, dk over queries by the program of its keys: no atomics, so the
+same input gives the same bits. Soft-capped logits c · tanh(x / c) have a slope of 1 − (s / c)².
+
+A program owns ROWS queries (or KEYS keys) of one head; DIM is the head dim rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _product(a, b):
+    """Accumulated in fp32, from inputs as they are."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _tile(pointer, at, size, head_dim, stride_row, stride_dim, DIM: tl.constexpr):
+    """Rows `at` of a matrix (…, DIM); 0 outside of it."""
+    channel = tl.arange(0, DIM)
+    inside = (at[:, None] < size) & (channel[None, :] < head_dim)
+    return tl.load(pointer + at[:, None] * stride_row + channel[None, :] * stride_dim, mask=inside, other=0.0)
+
+
+@triton.jit
+def _scores(
+    q, k, row, key, first, past, mask, stride_mask_row, stride_mask_key,
+    queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Logits (ROWS, KEYS) in fp32, with the mask, -inf where a key is not seen; and as the cap left them."""
+    logits = _product(q, tl.trans(k)) * scale
+    if CAPPED:
+        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
+    s = logits
+    seen = (key[None, :] >= first[:, None]) & (key[None, :] < past[:, None])
+    if MASK != 0:
+        inside = (row[:, None] < queries) & (key[None, :] < keys)
+        where = mask + row[:, None] * stride_mask_row + key[None, :] * stride_mask_key
+        if MASK == 1:
+            seen = seen & (tl.load(where, mask=inside, other=0) != 0)
+        else:
+            s = s + tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(seen, s, float("-inf")), logits
+
+
+@triton.jit
+def _score_gradients(s, logits, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr):
+    """The gradients of q · k."""
+    seen = s != float("-inf")
+    log_p = tl.where(seen, s - lse[:, None], 0.0)
+    ds = tl.exp(log_p) * (d_lse[:, None] - d_entropy[:, None] * (log_p + entropy[:, None]))
+    if CAPPED:
+        ds = ds * (1 - (logits / cap) * (logits / cap))
+    return tl.where(seen, ds * scale, 0.0)
+
+
+@triton.jit
+def statistics_kernel(
+    q, k, first, past, mask, lse, entropy,
+    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, span_batch,
+    mask_batch, mask_head, mask_row, mask_key,
+    heads, repeats, queries, keys, head_dim, scale, cap,
+    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < queries
+    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
+    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    q_tile = _tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+    k_base = k + batch * k_batch + (head // repeats) * k_head
+    mask_base = mask + batch * mask_batch + head * mask_head
+
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    moment = tl.zeros((ROWS,), tl.float32)
+    low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
+    for start in range(low, tl.max(end), KEYS):
+        key = start + tl.arange(0, KEYS)
+        k_tile = _tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+        s, _ = _scores(
+            q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
+            queries, keys, scale, cap, MASK, CAPPED,
+        )  # fmt: skip
+        higher = tl.maximum(highest, tl.max(s, 1))
+        # A row that has seen nothing yet stands at -inf, and nothing is to be taken from it.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        drop = tl.where(highest == float("-inf"), 0.0, base - highest)
+        shrink = tl.exp(-drop)
+        weight = tl.exp(s - base[:, None])
+        moment = shrink * (moment - drop * total) + tl.sum(tl.where(weight > 0, weight * (s - base[:, None]), 0.0), 1)
+        total = shrink * total + tl.sum(weight, 1)
+        highest = higher
+
+    empty = total == 0
+    divisor = tl.where(empty, 1.0, total)
+    log_total = tl.log(divisor)
+    at = tl.program_id(1).to(tl.int64) * queries + row
+    tl.store(lse + at, tl.where(empty, float("-inf"), highest + log_total), mask=inside)
+    tl.store(entropy + at, log_total - moment / divisor, mask=inside)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q, k, first, past, mask, lse, entropy, d_lse, d_entropy, dq,
+    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, span_batch,
+    mask_batch, mask_head, mask_row, mask_key,
+    heads, repeats, queries, keys, head_dim, scale, cap,
+    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < queries
+    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
+    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    q_tile = _tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+    k_base = k + batch * k_batch + (head // repeats) * k_head
+    mask_base = mask + batch * mask_batch + head * mask_head
+    at = tl.program_id(1).to(tl.int64) * queries + row
+    row_lse = tl.load(lse + at, mask=inside, other=0.0)
+    row_entropy = tl.load(entropy + at, mask=inside, other=0.0)
+    row_d_lse = tl.load(d_lse + at, mask=inside, other=0.0)
+    row_d_entropy = tl.load(d_entropy + at, mask=inside, other=0.0)
+
+    gathered = tl.zeros((ROWS, DIM), tl.float32)
+    low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
+    for start in range(low, tl.max(end), KEYS):
+        key = start + tl.arange(0, KEYS)
+        k_tile = _tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+        s, logits = _scores(
+            q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
+            queries, keys, scale, cap, MASK, CAPPED,
+        )  # fmt: skip
+        ds = _score_gradients(s, logits, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED)
+        gathered += _product(ds.to(k_tile.dtype), k_tile)
+
+    channel = tl.arange(0, DIM)
+    where = dq + at[:, None] * head_dim + channel[None, :]
+    tl.store(where, gathered.to(dq.dtype.element_ty), mask=inside[:, None] & (channel[None, :] < head_dim))
+
+
+@triton.jit
+def key_gradient_kernel(
+    q, k, first, past, mask, lse, entropy, d_lse, d_entropy, dk,
+    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, span_batch,
+    mask_batch, mask_head, mask_row, mask_key,
+    heads, repeats, queries, keys, head_dim, scale, cap,
+    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    groups = heads // repeats
+    batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
+    batch, group = batch.to(tl.int64), group.to(tl.int64)
+    start = tl.program_id(0) * KEYS
+    key = start + tl.arange(0, KEYS)
+    k_tile = _tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
+
+    gathered = tl.zeros((KEYS, DIM), tl.float32)
+    for begin_row in range(0, queries, ROWS):
+        row = begin_row + tl.arange(0, ROWS)
+        inside = row < queries
+        begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
+        end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+        # Most blocks of queries are too early, or too far behind, to see these keys.
+        if (tl.max(end) > start) & (tl.min(tl.where(end > begin, begin, keys)) < start + KEYS):
+            for head in range(group * repeats, (group + 1) * repeats):
+                q_tile = _tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+                mask_base = mask + batch * mask_batch + head * mask_head
+                at = (batch * heads + head) * queries + row
+                s, logits = _scores(
+                    q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
+                    queries, keys, scale, cap, MASK, CAPPED,
+                )  # fmt: skip
+                ds = _score_gradients(
+                    s,
+                    logits,
+                    tl.load(lse + at, mask=inside, other=0.0),
+                    tl.load(entropy + at, mask=inside, other=0.0),
+                    tl.load(d_lse + at, mask=inside, other=0.0),
+                    tl.load(d_entropy + at, mask=inside, other=0.0),
+                    scale,
+                    cap,
+                    CAPPED,
+                )
+                gathered += _product(tl.trans(ds).to(q_tile.dtype), q_tile)
+
+    channel = tl.arange(0, DIM)
+    at = tl.program_id(1).to(tl.int64) * keys + key
+    where = dk + at[:, None] * head_dim + channel[None, :]
+    tl.store(where, gathered.to(dk.dtype.element_ty), mask=(key < keys)[:, None] & (channel[None, :] < head_dim))

@@ -1,0 +1,170 @@
+"""Loading modified checkpoints, and writing stock ones.
+
+`model.save_pretrained` is transformers' own. What makes a modified checkpoint safe is in its config: where a stock load
+would not give the same model, the rope type is one that stock transformers refuses (`ropemods.hooks.record`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ropemods.attach import apply, attach, finish, refresh
+from ropemods.hooks import adapters, folding, native, record
+from ropemods.hooks.partition import gathered
+from ropemods.hooks.sites import base_model
+from ropemods.mods import Mod
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
+    is_trainable: bool = False,
+    **hf_kwargs: Any,
+) -> nn.Module:
+    """Load what `save_pretrained` wrote of a modified model: a full checkpoint, or a PEFT adapter directory.
+
+    `hf_kwargs` go to transformers' own `from_pretrained`. For an adapter, `base_model_name_or_path` overrides the base
+    that it names, and `is_trainable` leaves it ready to train on.
+    """
+    if adapters.is_adapter(path):
+        return _adapter(path, base_model_name_or_path, is_trainable, hf_kwargs)
+    config, found = record.load_config(path, **_hub(hf_kwargs))
+    if found is None:
+        raise ValueError(
+            f"{path} records no modification (its config has no 'ropemods'), so there is nothing that transformers' "
+            "own from_pretrained would not do; load it with AutoModelForCausalLM and modify it with ropemods.apply"
+        )
+    model = _load(path, config, found.mods, hf_kwargs)
+    finish(model)
+    model.ropemods_attached.strength.update(found.strength)
+    refresh(model)
+    return model
+
+
+def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of transformers' keyword arguments that say where and how to find a file."""
+    known = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return {name: hf_kwargs[name] for name in known if name in hf_kwargs}
+
+
+def _load(
+    path: str | os.PathLike[str],
+    config: PreTrainedConfig,
+    mods: list[Mod],
+    hf_kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
+    cls = _class_of(config, hf_kwargs)
+
+    def __init__(self, *args, **kwargs):
+        cls.__init__(self, *args, **kwargs)
+        attach(self, mods)
+
+    # A class of its own for this one load: transformers makes the model from the class it is asked for.
+    loading: Any = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    model, report = loading.from_pretrained(path, config=config, output_loading_info=True, **hf_kwargs)
+    model.__class__ = cls
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing or mismatched:
+        raise ValueError(
+            f"{path} does not hold every parameter of the modified model: missing {missing[:4]} ({len(missing)} in "
+            f"all), of another shape {mismatched[:4]}; it was saved incompletely; save it again from memory"
+        )
+    return model
+
+
+def _class_of(config: PreTrainedConfig, hf_kwargs: dict[str, Any]) -> Any:
+    trust = {"trust_remote_code": hf_kwargs["trust_remote_code"]} if "trust_remote_code" in hf_kwargs else {}
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(copy.deepcopy(config), **trust))
+
+
+def _adapter(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
+    is_trainable: bool,
+    hf_kwargs: dict[str, Any],
+) -> nn.Module:
+    from peft import PeftModel
+
+    adapter_config, described = adapters.read(path)
+    if described is None:
+        raise ValueError(
+            f"{path} is a PEFT adapter without modifications (no {adapters.FILE} beside it); load it with peft"
+        )
+    base = base or adapter_config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
+    model = _base(base, hf_kwargs)
+    wanted = record.parse(described)
+    attached = getattr(model, "ropemods_attached", None)
+    if attached is None:
+        apply(model, *wanted.mods, strength=0.0)
+    elif attached.mods != wanted.mods:
+        raise ValueError(
+            f"the adapter in {path} was trained with {list(map(str, wanted.mods))}, and its base {base} is modified "
+            f"with {list(map(str, attached.mods))}; pass the base it was trained on as base_model_name_or_path="
+        )
+    wrapped = PeftModel.from_pretrained(model, str(path), config=adapter_config, is_trainable=is_trainable)
+    model.ropemods_attached.strength.update(wanted.strength)
+    refresh(model)
+    return wrapped
+
+
+def _base(path: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+    _, found = record.load_config(path, **_hub(hf_kwargs))
+    if found is not None:
+        return from_pretrained(path, **hf_kwargs)  # type: ignore[return-value]
+    return AutoModelForCausalLM.from_pretrained(path, **hf_kwargs)
+
+
+def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a stock checkpoint that any engine runs as this model, or say which modification stands in the way."""
+    if model is not base_model(model):
+        raise ValueError("this is a PEFT model; merge the adapter first: model = model.merge_and_unload()")
+    inner = base_model(model)
+    attached = getattr(inner, "ropemods_attached", None)
+    if attached is None:
+        raise ValueError("this model has no modifications, so save_pretrained already writes a stock checkpoint")
+    active = [mod for mod in attached.mods if attached.strength[mod.kind] > 0]
+    for mod in active:
+        reason = mod.export_obstacle()
+        if reason is not None:
+            raise ValueError(f"{mod} cannot be written into a stock checkpoint: {reason}")
+    config = copy.deepcopy(inner.config)
+    del config.ropemods
+    text = config.get_text_config(decoder=True)
+    text.rope_parameters = copy.deepcopy(attached.rope_parameters)
+    for mod in (mod for mod in active if mod.edits_frequencies):
+        expressed = native.expressed(inner, mod, attached.strength[mod.kind], attached.rope_parameters)
+        if isinstance(expressed, str):
+            raise ValueError(f"{mod} cannot be written into a stock checkpoint: {expressed}")
+        text.rope_parameters = expressed
+    with gathered(inner):
+        state = {k: v for k, v in inner.state_dict().items() if ".ropemods." not in f".{k}"}
+        config = folding.fold_embedding(inner, state, config)
+        _write(inner, config, state, Path(path))
+
+
+def _write(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor], path: Path) -> None:
+    """Save `state` under `config`, through a model without memory of its own, by transformers' own save_pretrained."""
+    config._attn_implementation_internal = None
+    with torch.device("meta"):
+        shell = type(model)(config)
+    report = shell.load_state_dict(state, strict=False, assign=True)
+    if report.unexpected_keys:
+        raise RuntimeError(f"a stock {type(model).__name__} has no {report.unexpected_keys[:4]}")
+    shell.tie_weights()
+    lacking = [name for name, p in shell.named_parameters() if p.is_meta]
+    if lacking:
+        raise RuntimeError(f"the model in memory has no {lacking[:4]}, which its stock architecture wants")
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(path)

@@ -1,0 +1,244 @@
+"""One short forward pass when modifications are put on a model, to see that its attention is what they take it for.
+
+What cannot be seen in a modeling file from outside is seen here on real calls:
+
+- the attention function that the model would have called gives what ropemods' own gives with nothing added to it,
+- what is told at the model's entrance (`inputs`) arrives at every layer,
+- which frequency table turns the queries of each layer, in which channels, or that nothing turns them (a NoPE layer).
+
+What does not hold is refused by `apply`, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ropemods.attention import eager
+from ropemods.hooks import interface, rotary
+from ropemods.hooks.inputs import BOS, SHARED, carry
+from ropemods.hooks.partition import gathered_in_turn
+from ropemods.hooks.probe import quietly
+from ropemods.hooks.rotary import Table
+from ropemods.hooks.sites import Stages
+from ropemods.mods.base import Mod
+
+TOKENS = 8
+TOLERANCE = 1e-3
+"""Relative, in fp32: far above rounding, far below a dropped term."""
+
+
+@dataclasses.dataclass
+class Seen:
+    """The first attention call of one layer, and how the layer came to make it."""
+
+    call: interface.Asked
+    args: tuple = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Reached(Exception):
+    def __init__(self, asked: interface.Asked) -> None:
+        self.asked = asked
+
+
+def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
+    """Refuse what the modifications of this model cannot work on, and find what turns each layer's queries."""
+    modules = [layer for _, layer in layers]
+    attached = model.ropemods_attached
+    with quietly(model), gathered_in_turn(model), interface.passing(modules):
+        seen, made = _run(model, modules)
+        if attached.wants_bos or attached.wants_shared:
+            lacking = _untold(attached, seen)
+            if lacking:
+                attached.handles += carry(model, modules, [table.module for table in rotary.tables(model)])
+                seen, made = _run(model, modules)
+                lacking = _untold(attached, seen)
+            if lacking:
+                raise ValueError(
+                    f"{type(model).__name__} does not hand keyword arguments down to its attention layers "
+                    f"({type(lacking[0]).__name__}), so they cannot be told where the BOS is or what is trained for "
+                    "the whole model; use modifications that need neither"
+                )
+        if not seen:
+            raise ValueError(f"a forward pass of {type(model).__name__} reached none of its attention layers")
+        for module in modules:
+            if module in seen and getattr(module, "ropemods", None) is not None:
+                _check_call(attached, module, seen[module].call)
+        for module in modules:
+            if module in seen:
+                _find_rotation(model, module, seen[module], made)
+    _check_rotation(model, [module for module in modules if module in seen])
+
+
+def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Module, Seen], _Made]:
+    vocabulary = model.get_input_embeddings().weight
+    size = getattr(vocabulary, "ds_shape", vocabulary.shape)[0]
+    attached = model.ropemods_attached
+    ids = torch.arange(1, TOKENS + 1, device=model.device)[None] * (size // (TOKENS + 2))
+    if attached.bos_token_id is not None:
+        ids[:, 0] = attached.bos_token_id
+    seen: dict[nn.Module, Seen] = {}
+    taken: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
+
+    def note(asked: interface.Asked) -> None:
+        args, kwargs = taken.get(asked.module, ((), {}))
+        seen.setdefault(asked.module, Seen(asked, args, kwargs))
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        taken.setdefault(module, (args, kwargs))
+
+    made = _Made()
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
+    for module in {id(table.module): table.module for table in rotary.tables(model)}.values():
+        handles.append(module.register_forward_hook(made.note, with_kwargs=True))
+    before = attached.bos_active, attached.shared_active
+    attached.bos_active, attached.shared_active = attached.wants_bos, attached.wants_shared
+    try:
+        with interface.asked(note):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        attached.bos_active, attached.shared_active = before
+        for handle in handles:
+            handle.remove()
+    return seen, made
+
+
+def _untold(attached: Any, seen: dict[nn.Module, Seen]) -> list[nn.Module]:
+    """Layers with a stage to which the entrance's word did not come."""
+    wanted = [name for name, wants in ((BOS, attached.wants_bos), (SHARED, attached.wants_shared)) if wants]
+    staged = [module for module in seen if getattr(module, "ropemods", None) is not None]
+    return [m for m in staged if any(seen[m].call.options.get(name) is None for name in wanted)]
+
+
+def _check_call(attached: Any, module: nn.Module, asked: interface.Asked) -> None:
+    """That ropemods' attention with nothing added is the layer's own, and that its keys are the tokens."""
+    name = type(module).__name__
+    if asked.query.shape[1] != module.ropemods_site.heads:
+        raise ValueError(
+            f"{name} has {asked.query.shape[1]} heads, and {module.ropemods_site.heads} were found in its attributes "
+            "and config; it cannot be given parameters for each head"
+        )
+    column = [mod for mod in attached.mods if mod.needs_bos and type(mod).stage is not Mod.stage]
+    if column and asked.key.shape[2] != asked.query.shape[2]:
+        raise ValueError(
+            f"{column[0].kind}: {name} attends to {asked.key.shape[2]} keys when the model has read "
+            f"{asked.query.shape[2]} tokens, so which of them is the BOS is not known"
+        )
+    wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in asked.inputs]
+    own, _ = interface.stock(asked.backend, module)(module, *wide, **asked.own_options)
+    rows = interface.rows_of(asked.backend, module, *wide, **asked.own_options)
+    ours = eager.attend(rows)[0].transpose(1, 2)
+    if ours.shape != own.shape:
+        ours = ours.reshape(own.shape)
+    error = ((ours - own).norm() / own.norm()).item()
+    if not error < TOLERANCE:
+        raise ValueError(
+            f"{name}'s own {asked.backend} attention does more than softmax(scale · q kᵀ + mask) v with the soft cap "
+            f"and sinks that ropemods knows of: the two differ by {error:.0%} on the same inputs, so modifications of "
+            "attention scores would change more than they say; TruncatedRoPE and ReplacedBos still work on this model"
+        )
+
+
+# What turns the queries
+
+
+class _Made:
+    """What the rotary modules gave out during a pass, so that the same can be made again from other frequencies."""
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[Any, nn.Module, tuple, dict[str, Any]]] = []
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.outputs.append((output, module, args, kwargs))
+
+    def again(self, value: Any) -> Any:
+        """`value` with every rotary output in it made anew, from the frequencies that stand now."""
+        for output, module, args, kwargs in self.outputs:
+            if value is output:
+                return module(*args, **kwargs)
+            if isinstance(output, tuple | list):
+                for index, part in enumerate(output):
+                    if value is part:
+                        return module(*args, **kwargs)[index]
+        if isinstance(value, dict):
+            return {key: self.again(each) for key, each in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.again(each) for each in value)
+        return value
+
+
+def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: _Made) -> None:
+    """Set the layer's table, pairing and direction of turning; no table where nothing turns its queries."""
+    site = module.ropemods_site
+
+    def queries() -> Tensor:
+        args, kwargs = made.again(seen.args), made.again(seen.kwargs)
+        with interface.asked(_stop):
+            try:
+                module(*args, **kwargs)
+            except _Reached as reached:
+                return reached.asked.query
+        raise RuntimeError(f"{type(module).__name__}, called again with what it was given, made no attention call")
+
+    site.table, site.layout, site.rotated = None, None, False
+    for table in rotary.tables(model):
+        if _turns(table, queries):
+            site.table, site.rotated = table, True
+            found = rotary.find_layout(table, queries)
+            if found is not None:
+                site.layout, site.direction = found
+            return
+
+
+def _stop(asked: interface.Asked) -> None:
+    raise _Reached(asked)
+
+
+def _turns(table: Table, queries) -> bool:
+    with rotary.frequencies(table, torch.zeros_like(table.live())):
+        still = queries().double()
+    with rotary.frequencies(table, torch.full_like(table.live(), 0.7)):
+        moved = queries().double()
+    return bool((moved - still).norm() > 1e-2 * still.norm())
+
+
+def _check_rotation(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    attached = model.ropemods_attached
+    edits = [mod for mod in attached.mods if mod.edits_frequencies]
+    if edits and not any(module.ropemods_site.rotated for module in modules):
+        raise ValueError(
+            f"{edits[0].kind}: no attention layer of {type(model).__name__} changes when the frequencies in its rotary "
+            "tables (inv_freq) do, so editing them would do nothing; this model computes them elsewhere"
+        )
+    for mod in (mod for mod in attached.mods if mod.needs_layout):
+        chosen = [m for m in modules if mod.kind in m.ropemods_site.kinds]
+        if chosen and not any(m.ropemods_site.rotated for m in chosen):
+            raise ValueError(
+                f"{mod.kind}: in none of its layers do the queries turn with the frequencies in the model's rotary "
+                "tables (inv_freq): they are not rotated, or by frequencies computed elsewhere"
+            )
+        for module in chosen:
+            if module.ropemods_site.rotated and module.ropemods_site.layout is None:
+                raise ValueError(
+                    f"{mod.kind}: {type(model).__name__} pairs its rotary channels in no way that is known (halves or "
+                    "neighbours, at the head's start or end), or changes queries after rotating them, as a norm with "
+                    f"weights does (layer {module.ropemods_site.layer}, {type(module).__name__})"
+                )
+            if not module.ropemods_site.rotated:
+                _dismiss(module, mod.kind)
+
+
+def _dismiss(module: nn.Module, kind: str) -> None:
+    """Take a stage off a layer that has nothing for it to act on."""
+    site = module.ropemods_site
+    site.kinds = tuple(each for each in site.kinds if each != kind)
+    stages = module.ropemods
+    assert isinstance(stages, Stages)
+    delattr(stages, kind)
+    if not site.kinds:
+        del module.ropemods

@@ -1,0 +1,197 @@
+"""Rotary frequency tables: finding them, editing them, and learning how a model pairs the channels it rotates.
+
+Every model on transformers' shared RoPE initialisation keeps its frequencies in buffers of a `…RotaryEmbedding`
+module: `inv_freq`, a pristine `original_inv_freq`, and for longrope a `long_inv_freq` it swaps in. Models with several
+kinds of layer prefix them with the layer type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ropemods.mods import mod_from_json
+from ropemods.mods.base import Layout
+from ropemods.mods.unrotated_bos import turned_back
+
+BUFFERS = ("inv_freq", "original_inv_freq", "long_inv_freq")
+SENTINEL = "ropemods"
+"""The rope type of a checkpoint that stock transformers must refuse to load."""
+DYNAMIC = "ropemods_dynamic"
+"""The rope type of an edited table over a dynamic base. Dynamic tables recompute themselves as sequences grow, through
+the init function of their type; the word "dynamic" in the name is what makes transformers do so."""
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass
+class Table:
+    """One frequency table of one rotary module. `pristine` holds its buffers as the stock model had them."""
+
+    module: nn.Module
+    prefix: str
+    pristine: dict[str, Tensor]
+
+    @property
+    def layer_type(self) -> str | None:
+        return self.prefix.removesuffix("_") or None
+
+    def live(self) -> Tensor:
+        return getattr(self.module, f"{self.prefix}inv_freq")
+
+    @property
+    def rope_type(self) -> str:
+        kind = getattr(self.module, "rope_type", "default")
+        return kind[self.layer_type] if isinstance(kind, dict) else kind
+
+    @rope_type.setter
+    def rope_type(self, kind: str) -> None:
+        if isinstance(self.module.rope_type, dict):
+            self.module.rope_type[self.layer_type] = kind
+        else:
+            self.module.rope_type = kind
+
+    @torch.no_grad()
+    def write(self, edit: Edit | None) -> None:
+        """Set every buffer to the edited pristine one; None restores them."""
+        for name, stock in self.pristine.items():
+            buffer = getattr(self.module, name)
+            value = stock if edit is None else edit(stock)
+            if buffer.shape == value.shape:
+                buffer.copy_(value)
+            else:  # a dynamic table may have been replaced
+                setattr(self.module, name, value.to(buffer.device))
+        if "dynamic" in self.rope_type:
+            self.rope_type = "dynamic" if edit is None else DYNAMIC
+
+
+def sentinel(stock: dict[str, Any], frequencies: dict[str, Any] | None, alpha: float) -> dict[str, Any]:
+    """Rope parameters that stock transformers refuses, with everything needed to undo and redo them inside."""
+    inside = {"rope_type": stock.get("rope_type", "default")}
+    if frequencies is not None:
+        inside |= {"frequencies": frequencies, "strength": alpha}
+    return stock | {"rope_type": SENTINEL, "ropemods": inside}
+
+
+def without_sentinel(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters with the stock type where the sentinel stands."""
+    if "ropemods" in parameters:
+        stock = {k: v for k, v in parameters.items() if k != "ropemods"}
+        return stock | {"rope_type": parameters["ropemods"]["rope_type"]}
+    return {k: without_sentinel(v) if isinstance(v, dict) else v for k, v in parameters.items()}
+
+
+def _refuse(config, *args, **kwargs):
+    """The init function under the sentinel's name, for stock loading in a process that has imported ropemods."""
+    raise ValueError(
+        "this checkpoint holds modifications that stock transformers cannot run, so loading it here would give the "
+        "unmodified model; load it with ropemods.from_pretrained(path)"
+    )
+
+
+def _dynamic(config, device=None, seq_len=None, layer_type=None, **kwargs):
+    """The stock dynamic frequencies for this length, edited as the config says."""
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS["dynamic"](config, device, seq_len=seq_len, layer_type=layer_type, **kwargs)
+    inside = parameters["ropemods"]
+    return mod_from_json(inside["frequencies"]).frequencies(inv_freq, inside["strength"]), scaling
+
+
+ROPE_INIT_FUNCTIONS[SENTINEL] = _refuse
+ROPE_INIT_FUNCTIONS[DYNAMIC] = _dynamic
+
+
+def tables(model: PreTrainedModel) -> list[Table]:
+    """Every frequency table of the model, with its pristine buffers. The same objects on every call."""
+    known = getattr(model, "ropemods_tables", None)
+    if known is not None:
+        return known
+    text = model.config.get_text_config(decoder=True)
+    found = []
+    for module in model.modules():
+        # Of the text part's kind: some models keep one module a base, each with a config of its own.
+        if "RotaryEmbedding" not in type(module).__name__ or type(getattr(module, "config", None)) is not type(text):
+            continue
+        for name, _ in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+                prefix = name.removesuffix("inv_freq")
+                found.append(Table(module, prefix, _pristine(module, prefix)))
+    model.ropemods_tables = found
+    return found
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Take the tables anew from the model as it is; for models whose weights were loaded after they were found."""
+    if hasattr(model, "ropemods_tables"):
+        del model.ropemods_tables
+
+
+def _pristine(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    table = Table(module, prefix, {})
+    loaded = not table.live().is_meta
+    if loaded and table.rope_type == "longrope" and not hasattr(module, f"{prefix}long_inv_freq"):
+        # longrope computes its long table on first use; computed now, it can be edited like the others.
+        parameters = module.config.rope_parameters
+        parameters = parameters if table.layer_type is None else parameters[table.layer_type]
+        length = parameters["original_max_position_embeddings"] + 1
+        long, _ = ROPE_INIT_FUNCTIONS["longrope"](
+            module.config, table.live().device, seq_len=length, layer_type=table.layer_type
+        )
+        setattr(module, f"{prefix}long_inv_freq", long)
+    names = [prefix + name for name in BUFFERS if isinstance(getattr(module, prefix + name, None), Tensor)]
+    return {name: getattr(module, name).detach().clone() for name in names}
+
+
+def tables_by_layer(model: PreTrainedModel, layers: list[nn.Module]) -> list[Table | None]:
+    """The table each attention layer is rotated by; None for a layer without one."""
+    by_prefix = {table.prefix: table for table in tables(model)}
+    if not by_prefix:
+        return [None] * len(layers)
+    if set(by_prefix) == {""}:
+        return [by_prefix[""]] * len(layers)
+    types = getattr(layers[0].config, "layer_types", None) or [""] * len(layers)
+    return [by_prefix.get(f"{types[module.layer_idx]}_") for module in layers]
+
+
+def find_layout(table: Table, first_queries: Callable[[], Tensor]) -> tuple[Layout, float] | None:
+    """How a layer pairs channels and in which direction it turns them (1 or -1), found by turning known angles.
+
+    `first_queries()` runs the layer and returns the queries (B, H, T, D) that it hands to its attention.
+    """
+    with frequencies(table, torch.zeros_like(table.live())):
+        still = first_queries().double()
+    count = table.live().shape[-1]
+    angle = torch.linspace(0.3, 1.2, count, dtype=torch.float64, device=still.device)
+    with frequencies(table, angle):
+        turned = first_queries().double()
+    dim = still.shape[-1]
+    for interleaved in (False, True):
+        for start in dict.fromkeys((0, dim - 2 * count)):
+            layout = Layout(interleaved, start)
+            for direction in (1.0, -1.0):
+                # The second token stands at position 1, so it was turned by the frequencies themselves.
+                back = turned_back(turned[:, :, 1], direction * angle, layout)
+                error = (back - still[:, :, 1]).norm() / still[:, :, 1].norm()
+                # Far above what bf16 rounds and far below what a wrong pairing gives (about 1).
+                if error < 0.03:
+                    return layout, direction
+    return None
+
+
+@contextlib.contextmanager
+def frequencies(table: Table, value: Tensor) -> Iterator[None]:
+    saved = {name: getattr(table.module, name).clone() for name in table.pristine}
+    try:
+        for name in saved:
+            getattr(table.module, name).copy_(value)
+        yield
+    finally:
+        for name, tensor in saved.items():
+            getattr(table.module, name).copy_(tensor)

@@ -1,0 +1,200 @@
+"""What a modification is: a frozen description, and the stages that act for it at run time.
+
+A `Mod` is data: validated when made, written to JSON, compared by value. It may act in three places, and implements
+the method of each place it acts in:
+
+- `frequencies`    on the rotary frequencies of the model,
+- `stage`          on the softmax rows of one attention layer (`ropemods.attention.rows`),
+- `embedding_stage` on the output of the input embedding.
+
+A `Stage` is a small torch module that owns what trains and a strength from 0 (the stock model) to 1 (the full
+modification). At exactly 0 it is inactive and is not called at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ropemods.attention.rows import BosColumn, Rows, dot_with_bos, soft_capped
+
+
+class Layout(NamedTuple):
+    """How a model pairs the channels it rotates."""
+
+    interleaved: bool
+    """Pairs (2f, 2f + 1) if true, (f, f + F) if false."""
+    start: int
+    """First rotated channel of the head."""
+
+
+class Call(NamedTuple):
+    """What a stage may know of the attention call beside its rows."""
+
+    bos_column_BN: Tensor | None = None
+    """Column, among the keys of this call, of each query's BOS; one a row (N = 1) or one a query (N = T). Negative
+    where the BOS has left the cache of a windowed layer."""
+    bos_distance_BT: Tensor | None = None
+    """Position of the query minus the position of its BOS."""
+    inv_freq_F: Tensor | None = None
+    layout: Layout | None = None
+    shared: dict[str, Tensor] = {}
+
+
+class Site(NamedTuple):
+    """One attention layer, as far as a stage needs to know it."""
+
+    layer: int
+    heads: int
+
+
+class Stage(nn.Module):
+    """A modification at work in one place. Subclasses define `forward(value, call)`."""
+
+    strength: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("strength", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.alpha = 0.0
+        self.active = False
+
+    def set_strength(self, alpha: float) -> None:
+        self.alpha, self.active = alpha, alpha > 0
+        if not self.strength.is_meta:
+            self.strength.fill_(alpha)
+
+    def fill_constants(self) -> None:
+        """Give the values that no checkpoint holds; for stages that were built without memory and then loaded."""
+        self.set_strength(self.alpha)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # Half precision would round the strength; it stays what it was set to.
+        self.strength = self.strength.to(torch.float32)
+        self.set_strength(self.alpha)
+        return self
+
+    def calibrate(self, rows: Rows, call: Call) -> None:
+        """Choose initial values from a batch that the stock model has read; most stages have none to choose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mod:
+    """A modification, described. `layers` selects attention layers by index (negative from the end); None means all."""
+
+    kind: ClassVar[str]
+    always_shown: ClassVar[tuple[str, ...]] = ()
+    """Options that are named even at their defaults."""
+
+    layers: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type in ("bool", bool) and not isinstance(getattr(self, field.name), bool):
+                raise ValueError(f"{self.kind}: {field.name} must be true or false, not {getattr(self, field.name)!r}")
+        if self.layers is None:
+            return
+        if isinstance(self.layers, int) or not all(type(index) is int for index in self.layers):
+            raise ValueError(f"{self.kind}: layers must be a list of layer indices, not {self.layers!r}")
+        if not self.layers:
+            raise ValueError(f"{self.kind}: layers is empty, so nothing would change; leave it out for all layers")
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def needs_bos(self) -> bool:
+        """Whether sequences without a BOS token must be refused."""
+        return False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has parameters of its own."""
+        return False
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it chooses initial values from a calibration batch."""
+        return False
+
+    @property
+    def needs_layout(self) -> bool:
+        """Whether the stage rotates queries itself and so must know how the model pairs channels."""
+        return False
+
+    def conflict(self, other: Mod) -> str | None:
+        """Why this modification cannot stand beside `other`; None when it can."""
+        return None
+
+    def export_obstacle(self) -> str | None:
+        """Why no stock checkpoint can hold it; None when one may."""
+        return "it acts on attention scores, which a stock model computes as it always has"
+
+    def selects(self, layer: int, layer_count: int) -> bool:
+        return self.layers is None or layer in {index % layer_count for index in self.layers}
+
+    @property
+    def edits_frequencies(self) -> bool:
+        return type(self).frequencies is not Mod.frequencies
+
+    def to_json(self) -> dict[str, Any]:
+        """The kind and every option, defaults too: a checkpoint must not change when a default does."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+    def __str__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        shown = [f"{k}={v!r}" for k, v in values.items() if k in self.always_shown or v != defaults[k]]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    # The three places. A modification overrides those it acts in.
+
+    def frequencies(self, inv_freq_F: Tensor, alpha: float) -> Tensor:
+        """The rotary frequencies at strength alpha."""
+        return inv_freq_F
+
+    def stage(self, site: Site) -> Stage | None:
+        """The stage for one attention layer; None when the modification does not act on softmax rows."""
+        return None
+
+    def shared_stage(self) -> Stage | None:
+        """A stage owned by the whole model, called once a forward pass to put a value in `Call.shared`."""
+        return None
+
+    def embedding_stage(self, bos_token_id: int) -> Stage | None:
+        """The stage for the input embedding; None when the modification leaves it alone."""
+        return None
+
+
+def with_bos_column(rows: Rows, call: Call) -> Rows:
+    """`rows` with the BOS column scored apart, at its natural logit where no earlier stage has scored it."""
+    if rows.bos is not None:
+        return rows
+    if call.bos_column_BN is None or call.bos_distance_BT is None:
+        raise RuntimeError(
+            "an attention layer was not told where its BOS tokens are: the model does not hand keyword arguments "
+            "down to its attention layers, or the layer was called on its own; call the whole model"
+        )
+    column_BN, keys = call.bos_column_BN, rows.k_BGSD.shape[2]
+    batch = rows.q_BHTD.shape[0]
+    # A BOS that has left the cache (a negative column) is marked one past the end, which is then cut off.
+    marks = torch.zeros(batch, keys + 1, dtype=torch.bool, device=column_BN.device)
+    marks = marks.scatter(1, torch.where(column_BN < 0, keys, column_BN).expand(batch, -1), True)
+    bos = BosColumn(
+        is_bos_BS=marks[:, :keys],
+        is_self_BT=call.bos_distance_BT == 0,
+        logit_BHT=soft_capped(dot_with_bos(rows.q_BHTD, bos_key(rows, call), rows.scale), rows.softcap),
+        log_weight=torch.zeros((), device=rows.q_BHTD.device),
+    )
+    return rows._replace(bos=bos)
+
+
+def bos_key(rows: Rows, call: Call) -> Tensor:
+    """The key of each query's BOS (B, G, N, D)."""
+    batch, groups, _, dim = rows.k_BGSD.shape
+    assert call.bos_column_BN is not None
+    index = call.bos_column_BN.clamp(min=0)[:, None, :, None].expand(batch, groups, -1, dim)
+    return rows.k_BGSD.gather(2, index)

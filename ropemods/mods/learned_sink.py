@@ -1,0 +1,117 @@
+"""LearnedSink: the place to put unwanted attention is a parameter, not the BOS token.
+
+    out_i = Σ_j e^{s_ij} v_j / (Σ_j e^{s_ij} + strength · e^{sink_h})
+
+A trainable logit per head joins the denominator and carries no value. Unless `read_bos=True`, the BOS column is closed
+to later queries as the sink opens: its weight is 1 − strength. The BOS itself goes on reading itself.
+
+Closing column 0 alone leaves position 1 as the new closed trajectory: look at its mass too when you measure.
+
+`init` is a number, or "calibrated": with a calibration batch, the logit at which the sink takes, on average, the mass
+that BOS had in that head; without one, 0. Strength 0 is the stock softmax. One number a head trains.
+Cost: one elementwise pass over the output, and eight more channels a head where the BOS column is closed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ropemods.attention import eager
+from ropemods.attention.rows import Rows, wide
+from ropemods.mods.base import Call, Mod, Site, Stage, with_bos_column
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedSink(Mod):
+    """A trainable logit per head in the softmax denominator."""
+
+    kind: ClassVar[str] = "learned_sink"
+
+    init: float | Literal["calibrated"] = "calibrated"
+    read_bos: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.init, bool) or (self.init != "calibrated" and not isinstance(self.init, int | float)):
+            raise ValueError(f"learned_sink: init must be a number or 'calibrated', not {self.init!r}")
+
+    @property
+    def needs_bos(self) -> bool:
+        return not self.read_bos
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    @property
+    def calibrates(self) -> bool:
+        return self.init == "calibrated"
+
+    def conflict(self, other: Mod) -> str | None:
+        if self.read_bos or self.layers is not None:
+            return None
+        if other.kind == "unrotated_bos":
+            return (
+                "UnrotatedBos rescores the BOS column and LearnedSink closes it, so the first would do nothing; "
+                "use LearnedSink(read_bos=True) or leave UnrotatedBos out"
+            )
+        if other.kind == "replaced_bos":
+            return (
+                "ReplacedBos changes what later tokens read at BOS and LearnedSink closes that column to them, so the "
+                "first would reach no later token; use LearnedSink(read_bos=True) or leave ReplacedBos out"
+            )
+        return None
+
+    def stage(self, site: Site) -> Stage:
+        return LearnedSinkStage(self, site.heads)
+
+
+class LearnedSinkStage(Stage):
+    def __init__(self, mod: LearnedSink, heads: int) -> None:
+        super().__init__()
+        self.mod = mod
+        start = 0.0 if mod.init == "calibrated" else float(mod.init)
+        self.logit = nn.Parameter(torch.full((heads,), start))
+
+    def forward(self, rows: Rows, call: Call) -> Rows:
+        strength = self.strength.to(wide(rows.q_BHTD.dtype))
+        sink_H = self.logit.to(strength.dtype) + strength.log()
+        if rows.sink_H is not None:  # a sink of the model's own
+            sink_H = torch.logaddexp(sink_H, rows.sink_H.to(sink_H.dtype))
+        rows = rows._replace(sink_H=sink_H)
+        if self.mod.read_bos:
+            return rows
+        rows = with_bos_column(rows, call)
+        assert rows.bos is not None
+        return rows._replace(bos=rows.bos._replace(log_weight=rows.bos.log_weight + torch.log1p(-strength)))
+
+    @torch.no_grad()
+    def calibrate(self, rows: Rows, call: Call) -> None:
+        if self.mod.init != "calibrated":
+            return
+        rows = with_bos_column(rows, call)
+        assert rows.bos is not None
+        later = ~rows.bos.is_self_BT[:, None, :]
+        _, _, log_all = eager.attend(rows)
+        _, _, log_rest = eager.attend(rows._replace(bos=rows.bos.closed()))
+        seen = later & log_rest.isfinite()
+        bos_mass = -torch.expm1(torch.where(seen, log_rest - log_all, 0.0))
+        self.logit.copy_(sink_with_mass(log_rest, bos_mass, seen))
+
+
+def sink_with_mass(log_rest_BHT: Tensor, mass_BHT: Tensor, seen_BHT: Tensor) -> Tensor:
+    """Per head, the logit σ with mean sigmoid(σ − log Z_rest) = mean mass, by bisection; the mean is monotone in σ."""
+    seen = seen_BHT.expand_as(mass_BHT).to(mass_BHT.dtype)
+    count = seen.sum((0, 2))
+    wanted = (mass_BHT * seen).sum((0, 2)) / count
+    log_rest = torch.where(seen_BHT, log_rest_BHT, 0.0)
+    low, high = torch.full_like(wanted, -50.0), torch.full_like(wanted, 50.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        mass = (torch.sigmoid(middle[:, None] - log_rest) * seen).sum((0, 2)) / count
+        low, high = torch.where(mass < wanted, middle, low), torch.where(mass < wanted, high, middle)
+    return (low + high) / 2

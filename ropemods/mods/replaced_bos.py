@@ -1,0 +1,106 @@
+"""ReplacedBos: another vector stands at the input where the BOS embedding stood (after arXiv 2606.06160).
+
+Position 0 attends only to itself, so its whole trajectory is a closed system driven by the embedding of the token
+there; heads that use it as a sink read that trajectory.
+
+    e ← (1 − strength) · e_bos + strength · e_new
+
+`by="zero"`: in bias-free models (RMSNorm, gated MLP, no q/k/v biases) zero is a fixed point of every layer, so the BOS
+has k = v = 0 and logit 0 throughout: each head is exactly softmax-off-by-one, e^s / (1 + Σ e^s). Biases break this.
+`by="mean"`: the mean embedding. `by="noise"`: a fixed random vector with the norm of the BOS embedding.
+`by="random_token"`: in training, the embedding of a token drawn anew for every sequence, so that no one fingerprint can
+be relied on; in evaluation the model's own BOS embedding stands there.
+
+Strength 0 is the stock model. Nothing trains (the mean and noise vectors are fixed when the modification is applied).
+It costs nothing, and decoding is not touched: only the BOS token's input changes. All but `random_token` fold into
+the embedding row on export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ropemods.mods.base import Mod, Stage
+
+NOISE_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplacedBos(Mod):
+    """Replace the input embedding of the BOS token."""
+
+    kind: ClassVar[str] = "replaced_bos"
+    always_shown: ClassVar[tuple[str, ...]] = ("by",)
+
+    by: Literal["zero", "mean", "noise", "random_token"] = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in ("zero", "mean", "noise", "random_token"):
+            raise ValueError(f"replaced_bos: by must be 'zero', 'mean', 'noise' or 'random_token', not {self.by!r}")
+        if self.layers is not None:
+            raise ValueError("replaced_bos: it acts at the input, before every layer, so it takes no layers=")
+
+    @property
+    def needs_bos(self) -> bool:
+        return True
+
+    def export_obstacle(self) -> str | None:
+        if self.by == "random_token":
+            return "it acts in training only; set its strength to 0 to export the model as it is evaluated"
+        return None
+
+    def embedding_stage(self, bos_token_id: int) -> Stage:
+        return ReplacedBosStage(self, bos_token_id)
+
+
+class ReplacedBosStage(Stage):
+    """Acts on the output of the input embedding wherever its input is the BOS token."""
+
+    vector: Tensor
+
+    def __init__(self, mod: ReplacedBos, bos_token_id: int) -> None:
+        super().__init__()
+        self.mod, self.bos_token_id = mod, bos_token_id
+
+    @torch.no_grad()
+    def measure(self, embedding: nn.Module) -> None:
+        """Take from the embedding what the replacement needs; called once, when the modification is applied."""
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        if self.mod.by == "mean":
+            # In pieces: the whole table embedded at once would double the model's largest tensor.
+            ids = torch.arange(weight.shape[0], device=weight.device)
+            total = torch.stack([embedding.forward(part).double().sum(0) for part in ids.split(4096)]).sum(0)
+            self.vector.copy_((total / weight.shape[0]).to(weight.dtype))
+        elif self.mod.by == "noise":
+            bos = embedding.forward(torch.tensor([self.bos_token_id], device=weight.device))[0].double()
+            noise = torch.randn(bos.shape, generator=torch.Generator().manual_seed(NOISE_SEED), dtype=torch.float64)
+            self.vector.copy_(noise.to(bos.device) * (bos.norm() / noise.norm()))
+
+    def allocate(self, embedding: nn.Module) -> None:
+        """Make room for the vector; its values come from `measure` or from a checkpoint."""
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        if self.mod.by in ("mean", "noise"):
+            self.register_buffer("vector", torch.empty_like(weight[0]), persistent=True)
+
+    def forward(self, embedded_BTE: Tensor, ids_BT: Tensor, embedding: nn.Module) -> Tensor:
+        is_bos = (ids_BT == self.bos_token_id).unsqueeze(-1)
+        if self.mod.by == "random_token":
+            if not self.training:
+                return embedded_BTE
+            weight = embedding.weight
+            assert isinstance(weight, Tensor)
+            drawn = torch.randint(weight.shape[0], ids_BT.shape, device=ids_BT.device)
+            new = embedding.forward(drawn)
+        elif self.mod.by == "zero":
+            new = torch.zeros_like(embedded_BTE)
+        else:
+            new = self.vector.to(embedded_BTE.dtype).expand_as(embedded_BTE)
+        alpha = self.strength.to(embedded_BTE.dtype)
+        return torch.where(is_bos, (1 - alpha) * embedded_BTE + alpha * new, embedded_BTE)

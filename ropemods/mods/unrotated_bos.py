@@ -1,0 +1,69 @@
+"""UnrotatedBos: the BOS is scored as if every query stood where it stands.
+
+The BOS column is the only one whose offset always equals the query's own position i, so its logit spells out absolute
+position. Here the query is turned back towards its BOS before the two are multiplied:
+
+    b_i = scale · ⟨R(−strength · i) q_i, k_bos⟩          (q_i and k_bos as the model rotated them)
+
+Strength 0 is RoPE; at 1 the offset is 0 for every query, which is both vectors left unrotated. Nothing trains.
+Cost: a head wider by eight channels, no second attention pass and no mask. The BOS key in a cache is the stock one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ropemods.attention.rows import Rows, dot_with_bos, soft_capped, wide
+from ropemods.mods.base import Call, Layout, Mod, Site, Stage, bos_key, with_bos_column
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrotatedBos(Mod):
+    """Score the BOS column at offset (1 − strength) · i instead of i."""
+
+    kind: ClassVar[str] = "unrotated_bos"
+
+    @property
+    def needs_bos(self) -> bool:
+        return True
+
+    @property
+    def needs_layout(self) -> bool:
+        return True
+
+    def stage(self, site: Site) -> Stage:
+        return UnrotatedBosStage()
+
+
+class UnrotatedBosStage(Stage):
+    def forward(self, rows: Rows, call: Call) -> Rows:
+        rows = with_bos_column(rows, call)
+        assert rows.bos is not None and call.bos_distance_BT is not None
+        assert call.inv_freq_F is not None and call.layout is not None
+        dtype = wide(rows.q_BHTD.dtype)
+        turn = self.strength.to(dtype) * call.bos_distance_BT.to(dtype)
+        angle_BTF = turn.unsqueeze(-1) * call.inv_freq_F.to(dtype)
+        q_BHTD = turned_back(rows.q_BHTD.to(dtype), angle_BTF.unsqueeze(1), call.layout)
+        logit = soft_capped(dot_with_bos(q_BHTD, bos_key(rows, call), rows.scale), rows.softcap)
+        return rows._replace(bos=rows.bos._replace(logit_BHT=logit))
+
+
+def turned_back(x: Tensor, angle: Tensor, layout: Layout) -> Tensor:
+    """The rotary channels of x turned clockwise by `angle` (…, F); the other channels stay."""
+    width = 2 * angle.shape[-1]
+    before, rotary, after = x.tensor_split([layout.start, layout.start + width], dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    if layout.interleaved:
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
+    else:
+        first, second = rotary.chunk(2, dim=-1)
+    first, second = first * cos + second * sin, second * cos - first * sin
+    if layout.interleaved:
+        turned = torch.stack((first, second), -1).flatten(-2)
+    else:
+        turned = torch.cat((first, second), -1)
+    return torch.cat((before, turned, after), -1)

@@ -1,0 +1,74 @@
+"""The custom operators of `flash` as torch's tools see them: opcheck, compilation, recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ropemods.attention import flash
+
+ops = torch.ops.ropemods
+
+
+def inputs(
+    dtype: torch.dtype = torch.float32, *, groups: int = 2, queries: int = 9, keys: int = 9
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and a sink, all with gradients."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (1, 4, queries, 8), (1, groups, keys, 8), (1, groups, keys, 8), (4,)
+    q, k, v, sink = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+    return q, k, v, sink
+
+
+def hidden(queries: int, keys: int) -> Tensor:
+    return torch.zeros(1, 1, queries, keys).masked_fill(torch.rand(queries, keys) < 0.3, float("-inf"))
+
+
+def tempered(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    """Both operators, one behind the other."""
+    entropy = flash.row_entropy(q, k, mask=None, causal=True, scale=0.3)
+    out, _ = flash.attend_with_sink(q * entropy.unsqueeze(-1), k, v, sink, mask=None, causal=True, scale=0.3)
+    return out
+
+
+def gradients(function, *leaves: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(function(*leaves).square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_finds_nothing(dtype: torch.dtype, masked: bool) -> None:
+    q, k, v, sink = inputs(dtype, keys=12 if masked else 9)
+    rest = (hidden(9, 12).to(dtype) if masked else None, not masked, 0.3)
+    torch.library.opcheck(ops.row_entropy, (q, k, *rest))
+    torch.library.opcheck(ops.attend_with_sink, (q, k, v, sink, *rest))
+    torch.library.opcheck(ops.attend_with_sink, (q, k, v, None, *rest))
+
+
+def test_compiled_whole_it_gives_the_same_output_and_gradients() -> None:
+    leaves = inputs()
+    compiled = torch.compile(tempered, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), tempered(*leaves))
+    torch.testing.assert_close(gradients(compiled, *leaves), gradients(tempered, *leaves))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_in_the_backward_pass_it_gives_the_same_gradients(reentrant: bool) -> None:
+    leaves = inputs()
+    again = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    checkpoint(tempered, *again, use_reentrant=reentrant).square().sum().backward()
+    for found, wanted in zip(again, gradients(tempered, *leaves), strict=True):
+        assert torch.equal(found.grad, wanted)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    leaves = inputs(torch.float64, queries=3, keys=3)
+    assert torch.autograd.gradcheck(tempered, leaves)
+
+
+def test_a_sink_without_gradient_gets_none() -> None:
+    q, k, v, sink = inputs()
+    out, lse = flash.attend_with_sink(q, k, v, sink.detach(), mask=None, causal=True, scale=0.3)
+    assert out.requires_grad and not lse.requires_grad

@@ -1,0 +1,327 @@
+"""What every modification owes its user, on every architecture and backend.
+
+A modification's test file inherits `ModContract` and names the variants to hold to it:
+
+    class TestLearnedSink(ModContract):
+        variants = {"closed": [LearnedSink(init=0.3)], ...}
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+
+import ropemods as rm
+from ropemods.hooks.sites import attention_layers
+from ropemods.mods import Mod
+from tests import oracle, zoo
+
+FEW = ("llama", "gemma3_text", "gpt_neox")
+"""One rope table, one a layer type, partial rotary with parallel blocks: for graphs, and for a test file's further
+variants. Its first variant is held to the contract on every architecture."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Used by tests/conftest.py: spread a contract test over variants, architectures and backends."""
+    cls = metafunc.cls
+    if cls is None or not issubclass(cls, ModContract) or "variant" not in metafunc.fixturenames:
+        return
+    traced = metafunc.function.__name__.startswith("test_compiles")
+    concerns = getattr(metafunc.function, "concerns", lambda mod: True)
+    cases = [
+        (variant, (architecture, backend))
+        for index, (variant, mods) in enumerate(cls.variants.items())
+        for architecture, backend in zoo.pairs()
+        if architecture in FEW or (index == 0 and not traced)
+        if not (traced and backend != "sdpa")
+        if any(concerns(mod) for mod in mods)
+    ]
+    metafunc.parametrize(("variant", "pair"), cases, ids=["-".join((v, *p)) for v, p in cases])
+
+
+def concerning(predicate: Callable[[Mod], bool]):
+    """Marks a contract test that only modifications of some kind can be held to."""
+
+    def mark(test):
+        test.concerns = predicate
+        return test
+
+    return mark
+
+
+def perturb(model: PreTrainedModel) -> None:
+    """Move the modifications' parameters off their initial values, so that losing them shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ropemods" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def gradients(model: PreTrainedModel, ids: Tensor, **inputs) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def close(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
+    error = (actual - wanted).abs().max().item()
+    scale = wanted.abs().max().item()
+    assert error <= tolerance * max(scale, 1.0), f"largest error {error:.2e} on values up to {scale:.2e}"
+
+
+class ModContract:
+    variants: ClassVar[dict[str, list[Mod]]] = {}
+
+    def model(self, pair: tuple[str, str], variant: str, strength: float = 1.0, **changes) -> PreTrainedModel:
+        model = zoo.build(*pair, **changes)
+        rm.apply(model, *self.variants[variant], strength=strength)
+        perturb(model)
+        return model
+
+    # Strength
+
+    def test_strength_zero_is_bitwise_stock(self, pair, variant) -> None:
+        stock, ids = zoo.build(*pair), zoo.tokens()
+        model = self.model(pair, variant, strength=0.0)
+        assert torch.equal(model(ids).logits, stock(ids).logits)
+        wanted, found = gradients(stock, ids), gradients(model, ids)
+        assert all(torch.equal(found[name], grad) for name, grad in wanted.items())
+        assert not any("ropemods" in name and grad.abs().sum() > 0 for name, grad in found.items())
+
+    def test_strength_one_changes_the_model(self, pair, variant) -> None:
+        ids = zoo.tokens()
+        model = self.model(pair, variant).train(self.in_training(variant))
+        torch.manual_seed(0)
+        assert (model(ids).logits - zoo.build(*pair)(ids).logits).abs().max() > 1e-4
+
+    def in_training(self, variant: str) -> bool:
+        """Whether the variant acts in training only."""
+        return any(getattr(mod, "by", None) == "random_token" for mod in self.variants[variant])
+
+    @concerning(lambda mod: type(mod).stage is not Mod.stage)
+    @pytest.mark.parametrize("strength", [0.5, 1.0])
+    def test_every_attention_call_equals_the_fp64_oracle(self, pair, variant, strength) -> None:
+        model = self.model(pair, variant, strength)
+        ids, inputs = zoo.tokens(length=8), {}
+        bos = torch.zeros(2, 8, dtype=torch.long)
+        if strength == 1.0:  # with padding in front of the first row, and so with a mask
+            ids[0, :2], ids[0, 2], bos[0] = 0, zoo.BOS, 2
+            inputs["attention_mask"] = (ids != 0).long()
+        real = torch.ones_like(ids, dtype=torch.bool) if not inputs else inputs["attention_mask"].bool()
+        with oracle.recorded(model) as calls, torch.no_grad():
+            model(ids, use_cache=False, **inputs)
+        layers = [layer for _, layer in attention_layers(model)]
+        for call in calls:
+            site = layers[call.layer].ropemods_site
+            table = site.table.live(), *(site.layout or (False, 0))
+            generator = torch.Generator().manual_seed(call.layer)
+            weight = torch.randn(call.output.shape, generator=generator, dtype=torch.float64) * real[..., None, None]
+            wide = [t.detach().double().requires_grad_() for t in (call.query, call.key, call.value)]
+            mods = self.variants[variant]
+            wanted = oracle.recompute(call, mods, strength, *wide, layers=len(layers), bos_BT=bos, rotary=table)
+            close(call.output.double() * real[..., None, None], wanted * real[..., None, None], 2e-5)
+            if not site.active:  # the stock function's own business, and its own precision
+                continue
+
+            again = [t.detach().double().requires_grad_() for t in (call.query, call.key, call.value)]
+            mask = call.mask if call.mask is None or call.mask.dtype == torch.bool else call.mask.double()
+            interface = transformers.AttentionInterface()[f"ropemods+{pair[1]}"]
+            found, _ = interface(call.module, *again, mask, **call.options)
+            close(found * real[..., None, None], wanted * real[..., None, None], 1e-9)
+            own = [p for p in call.module.ropemods.parameters()] if hasattr(call.module, "ropemods") else []
+            grads = [
+                torch.autograd.grad((out * weight).sum(), [*x, *own], allow_unused=True)
+                for out, x in ((wanted, wide), (found, again))
+            ]
+            for expected, got in zip(*grads, strict=True):
+                if expected is None:
+                    assert got is None or got.abs().max() == 0
+                else:
+                    # Parameters of the modification are fp32, so their gradients are rounded to it.
+                    close(got, expected, 1e-9 if got.dtype == torch.float64 else 1e-6)
+
+    # Decoding, padding, batching, packing
+
+    def test_cached_decode_equals_one_pass(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens()
+        whole = model(ids).logits
+        for prompt in (1, 5):
+            past = model(ids[:, :prompt], use_cache=True).past_key_values
+            for t in range(prompt, ids.shape[1]):
+                step = model(ids[:, t : t + 1], past_key_values=past, use_cache=True)
+                close(step.logits[:, 0], whole[:, t], 2e-5)
+
+    def test_static_cache_equals_one_pass(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens()
+        whole = model(ids).logits
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        step = model(ids[:, :6], past_key_values=cache, use_cache=True)
+        close(step.logits, whole[:, :6], 2e-5)
+        for t in range(6, ids.shape[1]):
+            step = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            close(step.logits[:, 0], whole[:, t], 2e-5)
+
+    def test_left_padding_changes_nothing(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens()
+        whole = model(ids).logits
+        padded = torch.nn.functional.pad(ids, (3, 0), value=0)
+        mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
+        close(model(padded, attention_mask=mask).logits[:, 3:], whole, 5e-5)
+
+    def test_padded_generation_equals_unpadded(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens(rows=1, length=6)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 6:]
+        longer = zoo.tokens(rows=1, length=9, seed=3)
+        batch = torch.cat([torch.nn.functional.pad(ids, (3, 0), value=0), longer])
+        mask = torch.ones_like(batch)
+        mask[0, :3] = 0
+        together = model.generate(batch, attention_mask=mask, **options)[:1, 9:]
+        assert torch.equal(together, alone)
+
+    def test_a_row_does_not_depend_on_its_batch(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens(rows=3)
+        close(model(ids).logits[1:2], model(ids[1:2]).logits, 2e-5)
+
+    def test_packed_sequences_equal_separate_ones(self, pair, variant) -> None:
+        model = self.model(pair, variant)
+        a, b = zoo.tokens(rows=1, length=5, seed=1), zoo.tokens(rows=1, length=7, seed=2)
+        packed = torch.cat([a, b], dim=1)
+        positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+        logits = model(packed, position_ids=positions, use_cache=False).logits
+        close(logits[:, :5], model(a).logits, 2e-5)
+        close(logits[:, 5:], model(b).logits, 2e-5)
+
+    @concerning(lambda mod: mod.needs_bos)
+    def test_packed_sequences_that_would_mix_are_refused(self, pair, variant) -> None:
+        model = self.model(pair, variant)
+        packed = zoo.tokens(rows=2, length=6).reshape(1, 12)
+        positions = torch.arange(6).repeat(2)[None]
+        with pytest.raises(ValueError, match="packs several sequences"):
+            model(packed, position_ids=positions, attention_mask=torch.ones_like(packed))
+
+    # Training
+
+    def test_gradient_checkpointing_changes_nothing(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant).train(), zoo.tokens()
+        torch.manual_seed(0)
+        wanted = gradients(model, ids)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        found = gradients(model, ids)
+        assert found.keys() == wanted.keys()
+        for name, grad in wanted.items():
+            close(found[name], grad, 1e-6)
+
+    def test_every_parameter_of_the_modification_gets_a_gradient(self, pair, variant) -> None:
+        model = self.model(pair, variant)
+        found = gradients(model, zoo.tokens())
+        own = [name for name, _ in model.named_parameters() if "ropemods" in name]
+        assert all(found[name].abs().max() > 0 for name in own)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_errs_at_most_twice_as_much_as_stock(self, pair, variant, dtype) -> None:
+        """Logit error against the fp32 model, next to the same error of the stock model."""
+        ids = zoo.tokens(rows=4)
+
+        def error(model: PreTrainedModel) -> float:
+            # The halved weights are the reference's weights too, so only the arithmetic differs.
+            half = copy.deepcopy(model).to(dtype)
+            exact = copy.deepcopy(half).to(torch.float32)(ids).logits
+            return (half(ids).logits.float() - exact).pow(2).mean().sqrt().item()
+
+        assert error(self.model(pair, variant)) <= 2 * error(zoo.build(*pair))
+
+    def test_compiles_whole_and_strength_does_not_recompile(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens()
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        graphs = []
+        with torch.no_grad():
+            for strength in (1.0, 0.3, 0.7):
+                rm.set_strength(model, strength)
+                close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, 1e-5)
+                graphs.append(counter.frame_count)
+            assert graphs[0] > 0 and len(set(graphs)) == 1
+            rm.set_strength(model, 0.0)
+            close(compiled(ids, use_cache=False).logits, zoo.build(*pair)(ids).logits, 1e-5)
+            with_stock = counter.frame_count
+            rm.set_strength(model, 1.0)
+            compiled(ids, use_cache=False)
+        assert counter.frame_count == with_stock <= 2 * graphs[0]
+        torch._dynamo.reset()
+
+    # Checkpoints
+
+    @pytest.mark.parametrize("strength", [0.3, 1.0])
+    def test_save_and_load_is_bitwise(self, pair, variant, strength, tmp_path) -> None:
+        model, ids = self.model(pair, variant, strength), zoo.tokens()
+        wanted = model(ids).logits
+        model.save_pretrained(tmp_path)
+        loaded = rm.from_pretrained(tmp_path, attn_implementation=pair[1])
+        assert torch.equal(loaded(ids).logits, wanted)
+        assert type(loaded) is type(model)
+        assert rm.summary(loaded) == rm.summary(model)
+        rm.set_strength(loaded, 0.0)
+        assert torch.equal(loaded(ids).logits, zoo.build(*pair)(ids).logits)
+
+    @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+    def test_a_stock_load_is_exact_or_fails(self, pair, variant, strength, tmp_path) -> None:
+        model, ids = self.model(pair, variant, strength), zoo.tokens()
+        wanted = model(ids).logits
+        model.save_pretrained(tmp_path)
+        try:
+            stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=pair[1])
+        except Exception as refusal:  # each architecture refuses an unknown rope type with an error of its own
+            assert "ropemods" in str(refusal) and strength > 0
+        else:
+            assert torch.equal(stock(ids).logits, wanted)
+
+    def test_export_is_the_same_model_or_says_why_not(self, pair, variant, tmp_path) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens()
+        wanted = model(ids).logits
+        try:
+            rm.export(model, tmp_path)
+        except ValueError as refusal:
+            assert "cannot be written into a stock checkpoint" in str(refusal)
+            assert not list(tmp_path.iterdir())
+        else:
+            stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=pair[1])
+            assert not hasattr(stock.config, "ropemods")
+            close(stock(ids).logits, wanted, 1e-6)
+        assert torch.equal(model(ids).logits, wanted)
+
+    def test_remove_is_bitwise_stock(self, pair, variant) -> None:
+        stock, ids = zoo.build(*pair), zoo.tokens()
+        model = rm.remove(self.model(pair, variant))
+        assert torch.equal(model(ids).logits, stock(ids).logits)
+        assert model.config.to_dict() == stock.config.to_dict()
+        assert model.state_dict().keys() == stock.state_dict().keys()
+        assert not any(hasattr(m, "ropemods") or m._forward_pre_hooks for m in model.modules())
+
+    def test_lora_round_trip(self, pair, variant, tmp_path) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        base = zoo.build(*pair)
+        base.save_pretrained(tmp_path / "base")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation=pair[1])
+        rm.apply(model, *self.variants[variant], strength=0.6)
+        config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["ropemods"], init_lora_weights=False)
+        wrapped = get_peft_model(model, config)
+        perturb(wrapped)
+        ids = zoo.tokens()
+        wanted = wrapped(ids).logits
+        wrapped.save_pretrained(tmp_path / "adapter")
+        loaded = rm.from_pretrained(tmp_path / "adapter", attn_implementation=pair[1])
+        close(loaded.eval()(ids).logits, wrapped.eval()(ids).logits, 1e-6)
+        close(wanted, wrapped(ids).logits, 1e-6)

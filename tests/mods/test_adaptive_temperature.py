@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ropemods.attention import reference
+from ropemods.attention.rows import Temperature
+from ropemods.mods import AdaptiveTemperature
+from ropemods.mods.adaptive_temperature import PUBLISHED
+from tests.contract import ModContract
+
+PUBLISHED_VALUES = {0.5: 1.0, 1: 1.270, 2: 2.099, 3: 2.250, 4: 2.389, 5: 2.294, 5.5: 1.8466, 5.9: 1.1094, 6: 1.0}
+
+
+class TestContract(ModContract):
+    variants = {
+        "paper": [AdaptiveTemperature()],
+        "head-hold": [AdaptiveTemperature(trainable="head", beyond="hold")],
+        "shared-spare": [AdaptiveTemperature(trainable="shared", spare_bos=True)],
+        "one-layer": [AdaptiveTemperature(trainable="layer", layers=[-1])],
+    }
+
+
+def beta(entropy: float, *, hold_from: float | None = None, strength: float = 1.0) -> float:
+    rule = Temperature(torch.tensor([PUBLISHED], dtype=torch.float64), torch.tensor(strength), hold_from, False)
+    return float(rule.beta(torch.tensor([[[entropy]]], dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(("entropy", "wanted"), PUBLISHED_VALUES.items())
+def test_beta_has_the_published_values(entropy: float, wanted: float) -> None:
+    assert beta(entropy) == pytest.approx(wanted, abs=6e-4)
+
+
+@pytest.mark.parametrize("entropy", [0.2, 0.7, 1.5, 3.3, 4.4, 5.2, 7.0])
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_beta_equals_the_oracle(entropy: float, strength: float) -> None:
+    wanted = reference.temperature(torch.tensor(entropy, dtype=torch.float64), strength=strength)
+    assert beta(entropy, strength=strength) == pytest.approx(float(wanted), abs=1e-12)
+
+
+def test_the_published_rule_is_off_past_382_tokens_and_hold_is_not() -> None:
+    hold_from = AdaptiveTemperature(beyond="hold").peak()
+    assert hold_from == pytest.approx(4.412, abs=1e-3)
+    assert beta(5.95) == 1.0
+    assert beta(9.0, hold_from=hold_from) == pytest.approx(2.4214, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beyond": "never"}, "'paper' or 'hold'"),
+        ({"trainable": True}, "'shared', 'layer' or 'head'"),
+        ({"coefficients": PUBLISHED[::-1]}, None),
+        ({"coefficients": (0.0, 0.5)}, "nothing would ever be sharpened"),
+        ({"coefficients": (1.0,)}, "two or more"),
+    ],
+)
+def test_bad_options_say_what_is_wrong(options: dict, message: str | None) -> None:
+    if message is None:
+        # The published coefficients in ascending order, the bug seen elsewhere, are still a rule; just another one.
+        assert AdaptiveTemperature(**options).peak() != AdaptiveTemperature().peak()
+        return
+    with pytest.raises(ValueError, match=message):
+        AdaptiveTemperature(**options)
