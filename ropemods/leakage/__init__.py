@@ -1,0 +1,1 @@
+"""How much a model's attention tells about absolute position: what is measured, and how well."""

@@ -1,0 +1,196 @@
+"""Documents to measure on: from a list, a file, or a Hugging Face dataset.
+
+    read_documents(["one long text", "another"])
+    read_documents("books.jsonl.xz")                    # also .txt, .jsonl, .parquet, and .gz
+    read_documents("Salesforce/wikitext:wikitext-103-raw-v1:test")
+    read_documents("my_folder::train")                  # a folder that `datasets` can load
+
+A text file is split at `<|endoftext|>` where that occurs and is one document otherwise: a blank line ends a
+paragraph in most texts, not a document. `separator="blank-line"` says that it does here.
+
+Crops want long documents (`crops.py` says how long). `joined` makes long ones out of short ones.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import lzma
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+PACKED: dict[str, Callable[..., IO[Any]]] = {".xz": lzma.open, ".gz": gzip.open}
+STREAMED = 8192
+"""Documents taken from a dataset's shuffled stream."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts, where they came from, and what a reader of the result should know about them."""
+
+    texts: Sequence[str]
+    source: str
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError(f"{self.source}: no documents found (none with any text)")
+
+
+def read_documents(
+    source: Documents | Sequence[str] | str | os.PathLike[str],
+    *,
+    separator: str = "auto",
+    column: str = "text",
+    seed: int = 0,
+) -> Documents:
+    """All documents of `source`; empty ones are left out.
+
+    separator (.txt): "auto" (see the module's docstring), "blank-line", "none", or a literal string.
+    column: the text's field in jsonl, parquet and datasets.
+    seed: order of a dataset's stream, of which the first 8192 documents are taken.
+    """
+    if isinstance(source, Documents):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        wrong = next((text for text in source if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise TypeError(f"documents are strings; found {type(wrong).__name__}")
+        return Documents(_with_text(source), f"{len(source)} texts")
+    path = Path(source)
+    kind = _kind(path)
+    if path.is_file() and kind in SUFFIXES:
+        if kind == ".txt":
+            return _text_file(path, separator)
+        rows = _parquet(path, column) if kind == ".parquet" else _jsonl(path, column)
+        return Documents(_with_text(rows), path.name)
+    if path.is_file() or kind in SUFFIXES:
+        raise ValueError(
+            f"{path}: {'this kind of file is not read' if path.is_file() else 'no such file'}. "
+            f"Give a {', '.join(SUFFIXES)} file (also .xz or .gz), or a dataset as name:config:split."
+        )
+    return _dataset(str(source), column, seed)
+
+
+def joined(documents: Documents, *, characters: int, seed: int = 0) -> Documents:
+    """Long documents made of short ones, in random order, a blank line between two.
+
+    Each text goes into one joined document only, so the joined ones are as independent as the texts.
+    """
+    order = np.random.default_rng((seed, 3)).permutation(len(documents.texts))
+    long: list[str] = []
+    parts: list[str] = []
+    for n in order:
+        parts.append(documents.texts[n])
+        if sum(map(len, parts)) >= characters:
+            long.append("\n\n".join(parts))
+            parts = []
+    if parts and not long:
+        long.append("\n\n".join(parts))
+    note = (
+        f"{len(documents.texts)} documents were joined, in random order, to {len(long)} of at least "
+        f"{characters} characters; crops run across their borders"
+    )
+    return Documents(long, documents.source, (*documents.notes, note))
+
+
+def _with_text(texts: Iterable[str]) -> list[str]:
+    return [text for text in texts if text.strip()]
+
+
+def _kind(path: Path) -> str:
+    """The suffix, without the packing: ".jsonl" for a.jsonl.xz."""
+    return path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
+
+
+def _open(path: Path) -> IO[str]:
+    unpack: Callable[..., IO[Any]] = PACKED.get(path.suffix, open)
+    return unpack(path, "rt", encoding="utf-8")
+
+
+def _text_file(path: Path, separator: str) -> Documents:
+    try:
+        with _open(path) as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}). Convert it, or check the file") from None
+    if separator == "auto":
+        separator = END_OF_TEXT if END_OF_TEXT in text else "none"
+    if separator == "none":
+        return Documents(_with_text([text]), path.name)
+    if separator == "blank-line":
+        return Documents(_with_text(re.split(r"\n\s*\n", text)), path.name)
+    if separator not in text:
+        raise ValueError(
+            f'{path}: the separator {separator!r} does not occur. Give another, or "auto", "blank-line" or "none"'
+        )
+    return Documents(_with_text(text.split(separator)), path.name)
+
+
+def _jsonl(path: Path, column: str) -> Iterator[str]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg})") from None
+            yield _field(row, column, where)
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    if column not in names:
+        raise ValueError(_no_column(column, names, str(path)))
+    for batch in file.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _field({column: value}, column, str(path))
+
+
+def _dataset(name: str, column: str, seed: int) -> Documents:
+    """name, name:config or name:config:split; the split is "train" unless given."""
+    from datasets import load_dataset
+
+    path, config, split, *rest = [*name.split(":"), "", ""][: max(3, name.count(":") + 1)]
+    if rest or not path:
+        raise ValueError(f"{name!r}: a dataset is given as name, name:config or name:config:split")
+    try:
+        stream = load_dataset(path, config or None, split=split or "train", streaming=True)
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} is no file here, and as a dataset (name:config:split) it did not load: {error}"
+        ) from error
+    rows = itertools.islice(stream.shuffle(seed=seed, buffer_size=STREAMED), STREAMED)
+    texts = _with_text(_field(row, column, name) for row in rows)
+    note = f"{name}: the first {len(texts)} documents of a stream shuffled with seed {seed}"
+    return Documents(texts, name, (note,))
+
+
+def _field(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, dict) or column not in row:
+        found = list(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(_no_column(column, found, where))
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {column!r} holds {type(value).__name__}, not text")
+    return value
+
+
+def _no_column(column: str, found: Any, where: str) -> str:
+    return f"{where}: no column {column!r}; found {found}. Name the one with the text (column=...)"
