@@ -1,0 +1,150 @@
+"""What is measured: an attention call with each modification that acts on one, and stock attention to hold it against.
+
+TruncatedRoPE and ReplacedBos are not here. They change a table and an embedding row; the attention call is stock's.
+
+Floors are in the matrix products of one causal call: forward 2, backward 5. A temperature on stock kernels adds an
+entropy call, which is another 2 and 5. In decoding, what counts is how often keys and values are read.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ropemods.attention import eager, fused
+from ropemods.attention.rows import Rows
+from ropemods.mods import AdaptiveTemperature, LearnedSink, Mod, UnrotatedBos
+from ropemods.mods.base import Call, Layout, Site
+
+KINDS = ("forward", "training", "decode")
+"""`training` is forward and backward; `decode` is one query that reads a cache."""
+PATHS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Modifications at strength 1 on one path."""
+
+    name: str
+    mods: tuple[Mod, ...]
+    entropy: bool = False
+    """Whether a row's entropy has to be known before the row can be computed."""
+
+    def floor(self, path: str, kind: str) -> float | None:
+        """The least ratio that the mathematics allows on the kernels of this path; None where none is known."""
+        if path == "eager":
+            return None
+        return 2.0 if self.entropy and kind != "decode" else 1.0
+
+
+SUBJECTS = (
+    Subject(name="stock again", mods=()),
+    Subject(name="temperature", mods=(AdaptiveTemperature(),), entropy=True),
+    Subject(name="sink", mods=(LearnedSink(init=0.0, read_bos=True),)),
+    Subject(name="sink, BOS closed", mods=(LearnedSink(init=0.0),)),
+    Subject(name="unrotated BOS", mods=(UnrotatedBos(),)),
+    Subject(
+        name="temperature, sink, BOS closed",
+        mods=(AdaptiveTemperature(spare_bos=True), LearnedSink(init=0.0)),
+        entropy=True,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of one call. In decoding `length` is that of the cache."""
+
+    length: int
+    head_dim: int
+    heads: int
+    group_ratio: int
+    """Query heads to a key/value head."""
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if min(self.length, self.head_dim, self.heads, self.group_ratio) < 1:
+            raise ValueError(f"lengths, head dims, heads and group ratios must be 1 or more, not {self}")
+        if self.heads % self.group_ratio:
+            raise ValueError(
+                f"{self.heads} heads cannot share key/value heads {self.group_ratio} at a time; "
+                "--heads must be a multiple of every --group_ratios"
+            )
+
+
+class Problem:
+    """Random inputs of one shape, and the calls that are timed on them."""
+
+    def __init__(self, shape: Shape, kind: str, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        dtype, self.kind, self.heads = getattr(torch, shape.dtype), kind, shape.heads
+        queries = 1 if kind == "decode" else shape.length
+
+        def normal(heads: int, rows: int) -> Tensor:
+            x = torch.randn(1, heads, rows, shape.head_dim, generator=generator)
+            return x.to(device, dtype).requires_grad_(kind == "training")
+
+        groups = shape.heads // shape.group_ratio
+        self.q = normal(shape.heads, queries)
+        self.k, self.v = normal(groups, shape.length), normal(groups, shape.length)
+        self.d_out = torch.randn(self.q.shape, generator=generator).to(device, dtype)
+        self.scale = shape.head_dim**-0.5
+        frequencies = shape.head_dim // 2
+        self.call = Call(
+            bos_column_BN=torch.zeros(1, 1, dtype=torch.long, device=device),
+            bos_distance_BT=torch.arange(shape.length, device=device)[None, -queries:],
+            inv_freq_F=torch.logspace(0, -4, frequencies, device=device),
+            layout=Layout(interleaved=False, start=0),
+        )
+
+    def stock(self) -> Callable[[], None]:
+        """`scaled_dot_product_attention` on whichever kernel it picks."""
+
+        def attend() -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                self.q,
+                self.k,
+                self.v,
+                is_causal=self.kind != "decode",
+                scale=self.scale,
+                enable_gqa=self.q.shape[1] != self.k.shape[1],
+            )
+
+        return self._step(attend, [])
+
+    def modified(self, subject: Subject, path: str) -> Callable[[], None]:
+        if not subject.mods:
+            return self.stock()
+        stages = [mod.stage(Site(0, self.heads)) for mod in subject.mods]
+        parameters = []
+        for stage in stages:
+            assert stage is not None
+            stage.to(self.q.device).set_strength(1.0)
+            parameters += list(stage.parameters())
+        backend = {"sdpa": fused, "eager": eager}[path]
+
+        def attend() -> Tensor:
+            rows = Rows(self.q, self.k, self.v, mask=None, causal=self.kind != "decode", scale=self.scale)
+            for stage in stages:
+                assert stage is not None
+                rows = stage(rows, self.call)
+            return backend.attend(rows)[0]
+
+        return self._step(attend, parameters)
+
+    def _step(self, attend: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[], None]:
+        leaves = [self.q, self.k, self.v, *parameters]
+
+        def step() -> None:
+            if self.kind == "training":
+                torch.autograd.grad(attend(), leaves, self.d_out)
+            else:
+                with torch.no_grad():
+                    attend()
+
+        return step

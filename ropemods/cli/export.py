@@ -1,0 +1,57 @@
+"""`ropemods export`: from a modified checkpoint to a stock one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ropemods.cli.command import Command
+from ropemods.options import REQUIRED, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a modified checkpoint as a stock one that any engine runs. The modified frequencies go into the rope
+    parameters and a replaced BOS into its embedding row; an adapter is merged into its base first. A modification that
+    no stock checkpoint can hold is an error that says which and why.
+    """
+
+    path: str = option(REQUIRED, "folder of a modified checkpoint or adapter, or a name on the hub", positional=True)
+    output: str = option(REQUIRED, "folder to write; made if it is not there", positional=True)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "dtype to load and save in")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    overwrite: bool = option(False, "replace the checkpoint in OUTPUT")
+
+
+def run(options: Options) -> None:
+    from peft import PeftModel
+
+    import ropemods
+    from ropemods.cli.checkpoints import modified_model, quieten, tokenizer_of
+    from ropemods.cli.folders import new_folder
+
+    quieten()
+    with new_folder(options.output, source=options.path, overwrite=options.overwrite) as folder:
+        model = modified_model(options.path, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        beside = [options.path]
+        if isinstance(model, PeftModel):
+            beside.append(model.active_peft_config.base_model_name_or_path)
+            model = model.merge_and_unload()
+        ropemods.export(model, folder)
+        tokenizers = (tokenizer_of(name, trust_remote_code=options.trust_remote_code) for name in beside)
+        tokenizer = next((found for found in tokenizers if found is not None), None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    print(f"wrote {options.output}: a stock checkpoint{', with its tokenizer' if tokenizer else ''}. It loads with\n")
+    print("    from transformers import AutoModelForCausalLM")
+    print(f'    model = AutoModelForCausalLM.from_pretrained("{options.output}")')
+
+
+COMMAND = Command(
+    options=Options,
+    run=run,
+    example="""
+        ropemods apply meta-llama/Llama-3.2-1B ./llama-p-rope --mods truncated_rope:keep=0.75
+        ropemods export ./llama-p-rope ./llama-stock
+    """,
+)

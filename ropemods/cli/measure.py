@@ -1,0 +1,109 @@
+"""`ropemods measure`: how much a model's attention tells about absolute position."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from ropemods.cli.command import Command
+from ropemods.cli.subjects import Subject, check_writable, launched, load, read
+from ropemods.leakage.protocol import Protocol
+from ropemods.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Subject):
+    """Measure how much a model's attention tells about absolute position: residual, mask and total leakage, sink,
+    entropy and frequency usage, with intervals. Prints a report, and writes it where asked, whole or not at all. With
+    torchrun or accelerate launch it runs on several ranks (torchrun --nproc_per_node 8 -m ropemods.cli measure ...).
+    """
+
+    output: str | None = option(None, "write the report here, as JSON", metavar="FILE", unset="not written")
+    html: str | None = option(None, "write a page to look at, in one file", metavar="FILE", unset="not written")
+    sequences: int = option(Protocol.sequences, "crops to read; the noise falls with their number")
+    length: int = option(Protocol.length, "tokens in a crop, BOS included", metavar="TOKENS")
+    groups: int = option(Protocol.groups, "groups of documents that intervals are formed over")
+    window: int = option(Protocol.window, "offsets that are compared")
+    grid_rows: int = option(Protocol.grid_rows, "query rows read whole, for the mask term")
+    early: tuple[int, int] | None = option(None, "the early queries, first and one past the last", unset="8 64")
+    seed: int = option(Protocol.seed, "of the crops and of the intervals")
+    dtype: Literal["float32", "float64", "bfloat16", "float16", "model"] = option(
+        "float32", "dtype to measure in; model leaves it as it was loaded"
+    )
+    control_text: bool = option(False, "read random tokens with the text's frequencies instead of the text")
+    batch_size: int = option(Protocol.batch_size, "crops in one forward pass; moves memory and speed, no number")
+    replicates: int = option(Protocol.replicates, "draws of the bootstrap")
+    confidence: float = option(Protocol.confidence, "of the intervals")
+    skip_mask: bool = option(False, "do not measure the mask term")
+    interventions: tuple[str, ...] | None = option(
+        None,
+        "change something and measure again: zero mean noise none reference clamp carrier window rope_scaling, or all",
+        metavar="NAME",
+        unset="none",
+    )
+    reference: int = option(32, "random tokens in the reference distribution of the swaps", metavar="TOKENS")
+    controls: bool = option(False, "also run the measurements whose answer is known beforehand")
+
+    def protocol(self) -> Protocol:
+        return Protocol(
+            sequences=self.sequences,
+            length=self.length,
+            groups=self.groups,
+            window=self.window,
+            grid_rows=self.grid_rows,
+            early=Protocol.early if self.early is None else self.early,
+            seed=self.seed,
+            dtype=self.dtype,
+            text="unigram" if self.control_text else "stationary",
+            batch_size=self.batch_size,
+            replicates=self.replicates,
+            confidence=self.confidence,
+            mask_term=not self.skip_mask,
+        )
+
+
+def run(options: Options) -> None:
+    protocol = options.protocol()
+    check_writable(options.output, options.html)
+
+    from ropemods.cli.checkpoints import quieten
+    from ropemods.leakage.interventions import NAMES, check_names
+    from ropemods.leakage.measure import measure
+
+    quieten()
+    asked = options.interventions or ()
+    interventions = NAMES if asked == ("all",) else asked
+    check_names(interventions)
+    with launched() as rank:
+        documents = read(options, options.length, options.seed)
+        model, tokenizer = load(options)
+        report = measure(
+            model,
+            tokenizer,
+            documents,
+            protocol,
+            bos_token_id=options.bos_token_id,
+            interventions=interventions,
+            reference=options.reference,
+            controls=options.controls,
+            command=shlex.join(["ropemods", *sys.argv[1:]]),
+        )
+        if rank != 0:
+            return
+        # Files first: what reads the printed report may stop early.
+        files = ((options.output, report.to_json), (options.html, report.to_html))
+        written = [write(path) for path, write in files if path is not None]
+        print(report.to_markdown())
+        for path in written:
+            print(f"wrote {path}")
+
+
+COMMAND = Command(
+    options=Options,
+    run=run,
+    example="""
+        ropemods measure meta-llama/Llama-3.2-1B --text books.jsonl --output before.json --html before.html
+    """,
+)

@@ -1,0 +1,123 @@
+"""What `measure` and `suggest` are run on: any model, its tokenizer, a text, and the ranks of a launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ropemods.options import REQUIRED, option
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ropemods.leakage.documents import Documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The options that `measure` and `suggest` share."""
+
+    model: str = option(
+        REQUIRED, "folder of a model, stock, modified or adapter, or a name on the hub", positional=True
+    )
+    text: str = option(
+        REQUIRED, "a .txt, .jsonl or .parquet file (also .xz, .gz), or a dataset as name:config:split", metavar="FILE"
+    )
+    join: bool = option(False, "join short documents to long ones; crops then run across their borders")
+    separator: str = option("auto", "what parts documents in a .txt file: auto, none, blank-line or a text")
+    column: str = option("text", "the field with the text in jsonl, parquet and datasets", metavar="NAME")
+    tokenizer: str | None = option(
+        None, "folder or name of the tokenizer", metavar="NAME", unset="the one beside MODEL"
+    )
+    bos_token_id: int | None = option(
+        None, "token that sequences begin with", metavar="TOKEN", unset="the tokenizer's BOS token"
+    )
+    load_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype to load the model in; auto is the checkpoint's"
+    )
+    attn_implementation: str | None = option(
+        None, "sdpa or eager", metavar="NAME", unset="what transformers chooses for the model"
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1, …", metavar="NAME", unset="a GPU if there is one")
+    device_map: str | None = option(
+        None, "spread the model over devices, as transformers does (auto)", metavar="NAME", unset="one device"
+    )
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[int]:
+    """Join the other ranks that torchrun, accelerate or deepspeed started; gives this one's rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model on its device, and the tokenizer."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import ropemods
+    from ropemods.cli.checkpoints import check_name, load_config, readable, tokenizer_of
+    from ropemods.hooks import adapters
+
+    check_name(options.model)
+    trust = options.trust_remote_code
+    chosen: dict[str, Any] = {"dtype": options.load_dtype, "trust_remote_code": trust}
+    for name in ("attn_implementation", "device_map"):
+        if (value := getattr(options, name)) is not None:
+            chosen[name] = value
+    base = options.model
+    with readable(options.model):
+        if adapters.is_adapter(options.model):
+            config, record = adapters.read(options.model)
+            base = config.base_model_name_or_path or ""
+            if record is not None:
+                model = ropemods.from_pretrained(options.model, **chosen)
+            else:
+                stock = AutoModelForCausalLM.from_pretrained(base, **chosen)
+                model = PeftModel.from_pretrained(stock, options.model)
+        elif load_config(options.model, trust_remote_code=trust)[1] is not None:
+            model = ropemods.from_pretrained(options.model, **chosen)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(options.model, **chosen)
+    if options.device_map is None:
+        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    places = [options.tokenizer] if options.tokenizer is not None else [options.model, base]
+    found = (tokenizer_of(place, trust_remote_code=trust) for place in places)
+    tokenizer = next((each for each in found if each is not None), None)
+    if tokenizer is None:
+        raise ValueError(f"there is no tokenizer beside {places[0]}; name one with --tokenizer")
+    return model.eval(), tokenizer
+
+
+def read(options: Subject, length: int, seed: int) -> Documents:
+    """The documents, joined if that was asked for."""
+    from ropemods.leakage.crops import EXCERPT
+    from ropemods.leakage.documents import joined, read_documents
+
+    documents = read_documents(options.text, separator=options.separator, column=options.column, seed=seed)
+    return joined(documents, characters=EXCERPT * length, seed=seed) if options.join else documents
+
+
+def check_writable(*paths: str | None) -> None:
+    """An error now for what would be one after minutes of work."""
+    for path in paths:
+        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise FileNotFoundError(f"cannot write {path}: its folder does not exist. Create it first.")

@@ -1,0 +1,95 @@
+"""The benchmark: what it times is right, what it writes is complete, and what it cannot do it says."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from ropemods.bench import clock
+from ropemods.bench.subjects import KINDS, SUBJECTS, Problem, Shape
+from ropemods.bench.survey import Plan, survey
+from ropemods.bench.tables import table
+from tests.cli.program import refused, run
+
+TINY = {"head_dim": 8, "heads": 4, "group_ratio": 2, "dtype": "float32"}
+
+
+def tiny(length: int = 12) -> Shape:
+    return Shape(length=length, **TINY)
+
+
+def test_every_subject_is_measured_in_every_kind_on_every_path() -> None:
+    rows = survey(Plan(shapes=(tiny(), tiny(20)), paths=("sdpa", "eager"), pairs=1))
+    asked = {(s.name, p, k) for s in SUBJECTS for p in ("sdpa", "eager") for k in KINDS if s.mods or p == "sdpa"}
+    assert {(row.subject, row.path, row.kind) for row in rows} == asked
+    assert len(rows) == 2 * len(asked)
+    assert all(row.ratio.low <= row.ratio.median <= row.ratio.high for row in rows)
+    assert len(table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_eager_attention_is_left_out_where_its_memory_would_not_fit() -> None:
+    rows = survey(Plan(shapes=(tiny(),), paths=("sdpa", "eager"), pairs=1, longest_eager=11))
+    assert {row.path for row in rows} == {"sdpa"}
+
+
+def test_the_ratio_is_taken_within_pairs_and_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], [0, 0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    def first() -> None:
+        calls[0] += 1
+        # The machine slows down from pair to pair, and everything in it.
+        now[0] += 100.0 if calls[0] <= clock.WARM_UP else calls[0]
+
+    def second() -> None:
+        calls[1] += 1
+        now[0] += (5 if calls[1] == clock.WARM_UP + 1 else 2) * calls[1]
+
+    found = clock.ratio(first, second, pairs=5, device="cpu")
+    assert (found.median, found.low, found.high) == (2.0, 2.0, 5.0)
+    assert found.first_ms == 1000 * (clock.WARM_UP + 3)
+
+
+def test_peak_memory_is_what_is_held_at_once_and_not_what_is_made() -> None:
+    def call() -> None:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            torch.zeros(5000)
+        del kept
+
+    assert clock.peak_bytes(call, "cpu") == 4 * (1000 + 5000)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+def test_a_training_step_gives_no_gradient_to_what_is_not_asked_for(subject) -> None:
+    problem = Problem(tiny(), "training", "cpu")
+    problem.modified(subject, "sdpa")()
+    assert problem.q.grad is None
+
+
+def test_the_command_writes_rows_versions_and_a_picture(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    run(f"bench --lengths 16 32 --heads 4 --head_dims 8 --group_ratios 2 --pairs 1 --output {folder}")
+    written = json.loads((folder / "bench.json").read_text())
+    assert written["versions"]["torch"] == torch.__version__
+    assert {row["shape"]["length"] for row in written["rows"]} == {16, 32}
+    assert len((folder / "bench.md").read_text().splitlines()) == 2 + len(written["rows"])
+    picture = xml.etree.ElementTree.fromstring((folder / "bench.svg").read_text())
+    assert "temperature" in "".join(picture.itertext())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--heads 6 --group_ratios 4", "must be a multiple of every --group_ratios"),
+        ("--pairs 0", "pairs must be 1 or more"),
+        ("--lengths 0", "must be 1 or more"),
+        ("--kinds backward", "forward, training or decode"),
+    ],
+)
+def test_what_it_cannot_measure_it_says(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(f"bench {words}", capsys)

@@ -1,0 +1,96 @@
+"""Help texts: complete, and their examples run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import textwrap
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ropemods as rm
+from ropemods.cli import COMMANDS, load, main
+from ropemods.mods import MODS
+from ropemods.options import REQUIRED, fields
+from tests.cli.program import run, save_tiny, save_tokenizer, start
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(f"{name} --help")
+    text = " ".join(capsys.readouterr().out.split()).partition("[options]")[2]
+    for option, field in fields(load(name).options).items():
+        positional = field.metadata["option"].positional
+        shown = re.search(rf"{option.upper() if positional else f'--{option}'}\b.*?\((required|default: [^)]+)\)", text)
+        assert shown is not None, option
+        if field.default is REQUIRED:
+            assert shown[1] == "required"
+        elif not isinstance(field.default, bool) and field.default is not None:
+            value = field.default
+            assert (
+                shown[1] == f"default: {(' '.join(map(str, value)) or 'none') if isinstance(value, tuple) else value}"
+            )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_of_every_command_have_types_that_flags_and_yaml_can_give(name: str) -> None:
+    hints = typing.get_type_hints(load(name).options)
+    for option, field in fields(load(name).options).items():
+        assert field.metadata["option"].help
+        assert field.default is not None or field.metadata["option"].unset, f"{option}: what does None do?"
+        assert hints[option] is not bool or field.default is False, f"{option}: flags turn something on"
+
+
+def test_overview_names_every_command_and_version_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--help")
+    overview = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", overview, re.MULTILINE) for name in COMMANDS)
+    run("--version")
+    version = capsys.readouterr().out
+    assert version.startswith(f"ropemods {rm.__version__} (torch {torch.__version__}")
+
+
+def test_apply_help_lists_every_modification_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    run("apply --help")
+    listed = capsys.readouterr().out.partition("modifications, as")[2]
+    for mod in MODS:
+        assert mod.kind in listed
+        for field in dataclasses.fields(mod):
+            assert f"{field.name}=" in listed
+
+
+def example(name: str) -> list[list[str]]:
+    """The command lines of a help text, as words behind the program's name."""
+    lines = [shlex.split(line) for line in textwrap.dedent(load(name).example).strip().splitlines()]
+    assert all(words[:1] == ["ropemods"] for words in lines)
+    return [words[1:] for words in lines]
+
+
+def test_the_examples_in_the_help_texts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(save_tiny(tmp_path / "meta-llama" / "Llama-3.2-1B"))
+    for name in ("apply", "show"):
+        for line in example(name):
+            assert main(line) == 0, line
+
+
+def test_the_export_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "meta-llama" / "Llama-3.2-1B")
+    for line in example("export"):
+        assert main(line) == 0, line
+    AutoModelForCausalLM.from_pretrained("llama-stock")
+
+
+def test_a_reader_that_stops_early_is_no_error(here: Path) -> None:
+    process = start("--help", stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=60)
