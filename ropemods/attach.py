@@ -74,6 +74,7 @@ def apply(
     try:
         attach(inner, list(mods))
         finish(inner)
+        rehearsal.check_dropout(inner)
         embedding = inner.get_input_embeddings()
         with partition.gathered(embedding):
             for _, stage in _stages_of(embedding):
@@ -141,11 +142,9 @@ def _checked(model: PreTrainedModel, mods: list[Mod]) -> list[tuple[str, nn.Modu
             reason = mod.conflict(other)
             if reason is not None:
                 raise ValueError(reason)
-    if not rotary.tables(model):
-        raise ValueError(
-            f"{type(model).__name__} has no rotary frequency table (a …RotaryEmbedding with inv_freq), so there is no "
-            "RoPE to modify, and a checkpoint could not be told from a stock one"
-        )
+    reason = rotary.lacking(model)
+    if reason is not None:
+        raise ValueError(reason)
     layers = prepare_sites(model)
     for mod in mods:
         count = len(layers)

@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ropemods as rm
+from evals import tiny_models
 from tests import zoo
 from tests.contract import close
 
@@ -44,6 +45,22 @@ def test_a_model_without_rope_is_refused() -> None:
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=1, eos_token_id=2)
     with pytest.raises(ValueError, match="no rotary frequency table"):
         rm.apply(GPT2LMHeadModel(config), rm.AdaptiveTemperature())
+
+
+def test_rotary_tables_of_parts_with_configs_of_their_own_are_named_in_the_refusal() -> None:
+    """blt is four transformers, each with rope parameters of its own."""
+    model = tiny_models.build("blt")
+    with pytest.raises(ValueError, match=r"rotary tables.*BltLocalEncoderConfig.*one config's rope parameters"):
+        rm.apply(model, rm.TruncatedRoPE(0.5))
+
+
+def test_a_text_model_outside_the_automatic_table_reloads(tmp_path) -> None:
+    """mllama's text model has a config that AutoModelForCausalLM does not know; its class is in the checkpoint."""
+    model, ids = rm.apply(tiny_models.build("mllama"), rm.TruncatedRoPE(0.5)), tiny_models.tokens()
+    model.save_pretrained(tmp_path)
+    loaded = rm.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_model_that_is_no_transformers_model_is_refused() -> None:

@@ -24,7 +24,7 @@ from ropemods.hooks.inputs import BOS, SHARED, carry
 from ropemods.hooks.partition import gathered_in_turn
 from ropemods.hooks.probe import quietly
 from ropemods.hooks.rotary import Table
-from ropemods.hooks.sites import Stages
+from ropemods.hooks.sites import Stages, attention_layers
 from ropemods.mods.base import Mod
 
 TOKENS = 8
@@ -72,6 +72,7 @@ def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> Non
         for module in modules:
             if module in seen:
                 _find_rotation(model, module, seen[module], made)
+                module.ropemods_site.dropout = _dropout(module, seen[module])
     _check_rotation(model, [module for module in modules if module in seen])
 
 
@@ -144,6 +145,29 @@ def _check_call(attached: Any, module: nn.Module, asked: interface.Asked) -> Non
         )
 
 
+def _dropout(module: nn.Module, seen: Seen) -> float:
+    """What the layer asks for in training: it is called again in training mode, as far as its attention."""
+    module.training = True
+    try:
+        return float(_call_again(module, seen.args, seen.kwargs).options.get("dropout") or 0.0)
+    finally:
+        module.training = False
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse what the first training step would: no fused kernel has dropout beside a sink."""
+    attached = model.ropemods_attached
+    sinks = [mod for mod in attached.mods if mod.adds_sink]
+    for _, layer in attention_layers(model):
+        site = layer.ropemods_site
+        if attached.backend == "sdpa" and site.dropout > 0 and any(mod.kind in site.kinds for mod in sinks):
+            raise ValueError(
+                f"{sinks[0].kind}: this model trains with attention dropout of {site.dropout}, and the fused kernels "
+                "of the sdpa path have none beside a sink; set model.config.attention_dropout = 0 before the model is "
+                "made (from_pretrained(..., attention_dropout=0.0)), or load it with attn_implementation='eager'"
+            )
+
+
 # What turns the queries
 
 
@@ -177,13 +201,7 @@ def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: 
     site = module.ropemods_site
 
     def queries() -> Tensor:
-        args, kwargs = made.again(seen.args), made.again(seen.kwargs)
-        with interface.asked(_stop):
-            try:
-                module(*args, **kwargs)
-            except _Reached as reached:
-                return reached.asked.query
-        raise RuntimeError(f"{type(module).__name__}, called again with what it was given, made no attention call")
+        return _call_again(module, made.again(seen.args), made.again(seen.kwargs)).query
 
     site.table, site.layout, site.rotated = None, None, False
     for table in rotary.tables(model):
@@ -193,6 +211,15 @@ def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: 
             if found is not None:
                 site.layout, site.direction = found
             return
+
+
+def _call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> interface.Asked:
+    with interface.asked(_stop):
+        try:
+            module(*args, **kwargs)
+        except _Reached as reached:
+            return reached.asked
+    raise RuntimeError(f"{type(module).__name__}, called again with what it was given, made no attention call")
 
 
 def _stop(asked: interface.Asked) -> None:

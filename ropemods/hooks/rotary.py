@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ class Table:
     module: nn.Module
     prefix: str
     pristine: dict[str, Tensor]
+    own_init: Callable | None = None
+    """The module's init function, where its forward calls it anew in each pass and so never reads the buffers."""
 
     @property
     def layer_type(self) -> str | None:
@@ -68,8 +72,15 @@ class Table:
                 buffer.copy_(value)
             else:  # a dynamic table may have been replaced
                 setattr(self.module, name, value.to(buffer.device))
+        if self.own_init is not None:
+            self.module.rope_init_fn = self.own_init if edit is None else partial(_edited, self.own_init, edit)
         if "dynamic" in self.rope_type:
             self.rope_type = "dynamic" if edit is None else DYNAMIC
+
+
+def _edited(init: Callable, edit: Edit, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+    inv_freq, scaling = init(*args, **kwargs)
+    return edit(inv_freq), scaling
 
 
 def sentinel(stock: dict[str, Any], frequencies: dict[str, Any] | None, alpha: float) -> dict[str, Any]:
@@ -114,17 +125,47 @@ def tables(model: PreTrainedModel) -> list[Table]:
     if known is not None:
         return known
     text = model.config.get_text_config(decoder=True)
-    found = []
+    # Of the text part's kind: some models keep one module a base, each with a config of its own.
+    found = [
+        Table(module, prefix, _pristine(module, prefix), _own_init(module))
+        for module, prefix in _rotary_buffers(model)
+        if type(getattr(module, "config", None)) is type(text)
+    ]
+    model.ropemods_tables = found
+    return found
+
+
+def _rotary_buffers(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
+    """Every rotary module, with the prefix of each frequency buffer it has."""
     for module in model.modules():
-        # Of the text part's kind: some models keep one module a base, each with a config of its own.
-        if "RotaryEmbedding" not in type(module).__name__ or type(getattr(module, "config", None)) is not type(text):
+        if "RotaryEmbedding" not in type(module).__name__:
             continue
         for name, _ in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
-                prefix = name.removesuffix("inv_freq")
-                found.append(Table(module, prefix, _pristine(module, prefix)))
-    model.ropemods_tables = found
-    return found
+                yield module, name.removesuffix("inv_freq")
+
+
+def _own_init(module: Any) -> Callable | None:
+    """The init function that the module's forward calls in place of reading its buffer, if it does."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return module.rope_init_fn if code is not None and "rope_init_fn" in code.co_names else None
+
+
+def lacking(model: PreTrainedModel) -> str | None:
+    """Why there is no frequency table to modify; None where there is one."""
+    if tables(model):
+        return None
+    name, others = type(model).__name__, {type(module.config).__name__ for module, _ in _rotary_buffers(model)}
+    if others:
+        return (
+            f"{name} has its rotary tables in parts with configs of their own ({', '.join(sorted(others))}), and a "
+            "modification is recorded in one config's rope parameters; models made of several transformers are not "
+            "supported"
+        )
+    return (
+        f"{name} has no rotary frequency table (a …RotaryEmbedding with inv_freq), so there is no RoPE to modify, and "
+        "a checkpoint could not be told from a stock one"
+    )
 
 
 def forget(model: PreTrainedModel) -> None:
@@ -188,10 +229,15 @@ def find_layout(table: Table, first_queries: Callable[[], Tensor]) -> tuple[Layo
 @contextlib.contextmanager
 def frequencies(table: Table, value: Tensor) -> Iterator[None]:
     saved = {name: getattr(table.module, name).clone() for name in table.pristine}
+    before = getattr(table.module, "rope_init_fn", None)
     try:
         for name in saved:
             getattr(table.module, name).copy_(value)
+        if table.own_init is not None:
+            table.module.rope_init_fn = partial(_edited, table.own_init, lambda _: value)
         yield
     finally:
         for name, tensor in saved.items():
             getattr(table.module, name).copy_(tensor)
+        if table.own_init is not None:
+            table.module.rope_init_fn = before

@@ -49,6 +49,8 @@ class AttentionSite:
     """Whether a table turns this layer's queries; NoPE layers have none that does."""
     direction: float = 1.0
     """1 where queries turn counterclockwise, -1 where the model's convention is the other one."""
+    dropout: float = 0.0
+    """Of attention weights, as the layer asks for it in training."""
     active: bool = False
     """Whether any stage of this layer is at a strength above 0."""
 

@@ -124,6 +124,11 @@ class Mod:
         """Whether the stage rotates queries itself and so must know how the model pairs channels."""
         return False
 
+    @property
+    def adds_sink(self) -> bool:
+        """Whether the stage adds to the softmax's denominator, for which fused kernels have no dropout."""
+        return False
+
     def conflict(self, other: Mod) -> str | None:
         """Why this modification cannot stand beside `other`; None when it can."""
         return None

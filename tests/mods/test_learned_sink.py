@@ -67,6 +67,20 @@ def test_what_a_closed_column_cancels_is_refused(other) -> None:
         rm.apply(zoo.build("llama"), other, LearnedSink())
 
 
+def test_attention_dropout_is_refused_where_the_kernels_cannot_do_it() -> None:
+    """At `apply`, not at the first training step; a checkpoint still loads to be read from."""
+    with pytest.raises(ValueError, match=r"attention dropout of 0.1.*attention_dropout = 0.*'eager'"):
+        rm.apply(zoo.build("llama", "sdpa", attention_dropout=0.1), LearnedSink())
+    rm.apply(zoo.build("llama", "sdpa", attention_dropout=0.1), AdaptiveTemperature())
+    rm.apply(zoo.build("llama", "eager", attention_dropout=0.1), LearnedSink())
+
+
+def test_a_model_trained_with_dropout_is_read_on_the_fused_path(tmp_path) -> None:
+    model, ids = rm.apply(zoo.build("llama", "eager", attention_dropout=0.1), LearnedSink()), zoo.tokens()
+    model.save_pretrained(tmp_path)
+    close(rm.from_pretrained(tmp_path, attn_implementation="sdpa")(ids).logits, model(ids).logits, 2e-5)
+
+
 def test_bad_options_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="a number or 'calibrated'"):
         LearnedSink(init="guess")

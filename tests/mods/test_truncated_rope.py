@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropemods as rm
+from evals import tiny_models
 from ropemods.attention import reference
 from ropemods.mods import TruncatedRoPE
 from tests import zoo
@@ -96,6 +97,26 @@ def test_full_strength_over_longrope_loads_in_stock_transformers(tmp_path) -> No
     wanted = model(ids).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_a_table_that_is_computed_anew_in_each_pass_is_edited_too(layers: list[int] | None) -> None:
+    """phimoe's rotary module calls its init function instead of reading its buffer."""
+    stock, ids = tiny_models.build("phimoe"), tiny_models.tokens()
+    before = stock(ids).logits
+    model = rm.apply(copy.deepcopy(stock), TruncatedRoPE(0.5, layers=layers))
+    whole = rm.apply(copy.deepcopy(stock), TruncatedRoPE(0.5))
+    stock_rotary, rotary = (next(m for m in each.modules() if hasattr(m, "rope_init_fn")) for each in (stock, whole))
+    frequencies = reference.truncated_frequencies(stock_rotary.inv_freq.double(), keep=0.5)
+    angles = torch.arange(3)[:, None] * frequencies
+    cos, sin = rotary(torch.ones(1, 1, 1), position_ids=torch.arange(3)[None])
+    torch.testing.assert_close(cos[0].double(), torch.cat((angles, angles), -1).cos(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sin[0].double(), torch.cat((angles, angles), -1).sin(), rtol=1e-6, atol=1e-6)
+    assert (model(ids).logits - before).abs().max() > 1e-3
+    rm.set_strength(model, 0.0)
+    assert torch.equal(model(ids).logits, before)
+    rm.set_strength(model, 1.0)
+    assert torch.equal(rm.remove(model)(ids).logits, before)
 
 
 @pytest.mark.parametrize(

@@ -20,26 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _product(a, b):
-    """Accumulated in fp32, from inputs as they are."""
-    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _tile(pointer, at, size, head_dim, stride_row, stride_dim, DIM: tl.constexpr):
-    """Rows `at` of a matrix (…, DIM); 0 outside of it."""
-    channel = tl.arange(0, DIM)
-    inside = (at[:, None] < size) & (channel[None, :] < head_dim)
-    return tl.load(pointer + at[:, None] * stride_row + channel[None, :] * stride_dim, mask=inside, other=0.0)
-
+from ropemods.attention.triton.tiles import product, tile
 
 @triton.jit
 def _scores(
@@ -47,7 +28,7 @@ def _scores(
     queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Logits (ROWS, KEYS) in fp32, with the mask, -inf where a key is not seen; and as the cap left them."""
-    logits = _product(q, tl.trans(k)) * scale
+    logits = product(q, tl.trans(k)) * scale
     if CAPPED:
         logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
     s = logits
@@ -87,7 +68,7 @@ def statistics_kernel(
     inside = row < queries
     begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
     end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
-    q_tile = _tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+    q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
     k_base = k + batch * k_batch + (head // repeats) * k_head
     mask_base = mask + batch * mask_batch + head * mask_head
 
@@ -97,7 +78,7 @@ def statistics_kernel(
     low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
     for start in range(low, tl.max(end), KEYS):
         key = start + tl.arange(0, KEYS)
-        k_tile = _tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+        k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
         s, _ = _scores(
             q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
             queries, keys, scale, cap, MASK, CAPPED,
@@ -134,7 +115,7 @@ def query_gradient_kernel(
     inside = row < queries
     begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
     end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
-    q_tile = _tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+    q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
     k_base = k + batch * k_batch + (head // repeats) * k_head
     mask_base = mask + batch * mask_batch + head * mask_head
     at = tl.program_id(1).to(tl.int64) * queries + row
@@ -147,13 +128,13 @@ def query_gradient_kernel(
     low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
     for start in range(low, tl.max(end), KEYS):
         key = start + tl.arange(0, KEYS)
-        k_tile = _tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+        k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
         s, logits = _scores(
             q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
             queries, keys, scale, cap, MASK, CAPPED,
         )  # fmt: skip
         ds = _score_gradients(s, logits, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED)
-        gathered += _product(ds.to(k_tile.dtype), k_tile)
+        gathered += product(ds.to(k_tile.dtype), k_tile)
 
     channel = tl.arange(0, DIM)
     where = dq + at[:, None] * head_dim + channel[None, :]
@@ -173,7 +154,7 @@ def key_gradient_kernel(
     batch, group = batch.to(tl.int64), group.to(tl.int64)
     start = tl.program_id(0) * KEYS
     key = start + tl.arange(0, KEYS)
-    k_tile = _tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
+    k_tile = tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
 
     gathered = tl.zeros((KEYS, DIM), tl.float32)
     for begin_row in range(0, queries, ROWS):
@@ -184,7 +165,7 @@ def key_gradient_kernel(
         # Most blocks of queries are too early, or too far behind, to see these keys.
         if (tl.max(end) > start) & (tl.min(tl.where(end > begin, begin, keys)) < start + KEYS):
             for head in range(group * repeats, (group + 1) * repeats):
-                q_tile = _tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+                q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
                 mask_base = mask + batch * mask_batch + head * mask_head
                 at = (batch * heads + head) * queries + row
                 s, logits = _scores(
@@ -202,7 +183,7 @@ def key_gradient_kernel(
                     cap,
                     CAPPED,
                 )
-                gathered += _product(tl.trans(ds).to(q_tile.dtype), q_tile)
+                gathered += product(tl.trans(ds).to(q_tile.dtype), q_tile)
 
     channel = tl.arange(0, DIM)
     at = tl.program_id(1).to(tl.int64) * keys + key

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
-from ropemods.attention.triton import row_kernels
+from ropemods.attention.triton import row_kernels, tiles
 from ropemods.attention.triton.spans import Spans
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -101,9 +101,9 @@ def _launch(
     rows: int,
     keys: int,
 ) -> None:
-    kind = row_kernels.NO_MASK
+    kind = tiles.NO_MASK
     if mask is not None:
-        kind = row_kernels.BOOLEAN if mask.dtype == torch.bool else row_kernels.ADDITIVE
+        kind = tiles.BOOLEAN if mask.dtype == torch.bool else tiles.ADDITIVE
     read = q if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     kernel[grid](
         *(q, k, first, past, read, *tensors),
