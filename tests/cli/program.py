@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,6 @@ def shown(path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
-def start(*words: str, **options: Any) -> subprocess.Popen[str]:
+def start(*words: str, program: Sequence[str] = PROGRAM, **options: Any) -> subprocess.Popen[str]:
     """The real program, started."""
-    return subprocess.Popen([*PROGRAM, *words], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen([*program, *words], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, **options)

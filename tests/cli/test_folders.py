@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -72,13 +73,27 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert sorted(entry.name for entry in here.iterdir()) == ["model", "out"]
 
 
+STUCK = """
+import pathlib, runpy, time
+from transformers import PreTrainedModel
+
+def save_pretrained(self, folder, **kwargs):
+    pathlib.Path(folder, "model.safetensors").write_bytes(b"half")
+    time.sleep(60)
+
+PreTrainedModel.save_pretrained = save_pretrained
+runpy.run_module("ropemods.cli", run_name="__main__")
+"""
+"""The program, with a disk so slow that a signal surely comes while it writes."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_apply_leaves_nothing(here: Path, signum: signal.Signals) -> None:
-    process = start("apply", "model", "out", "--mods", "learned_sink")
-    while not hidden(here):  # its temporary folder
+    process = start("apply", "model", "out", "--mods", "learned_sink", program=[sys.executable, "-c", STUCK])
+    while not any((here / folder / "model.safetensors").exists() for folder in hidden(here)):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
