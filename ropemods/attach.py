@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.attention.statistics import row_statistics_kernel
+from ropemods.attention.paths import chosen
 from ropemods.hooks import adapters, inputs, interface, partition, probe, record, rehearsal, rotary, selective
 from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of
 from ropemods.mods import Mod
@@ -286,11 +286,11 @@ def summary(model: nn.Module) -> str:
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
     portable = "yes" if record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
     total = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters())
-    entropy = ""
-    if attached.backend == "sdpa" and any(mod.kind == "adaptive_temperature" for mod in attached.mods):
-        entropy = f", row entropy by {row_statistics_kernel(inner.device)}"
+    kernels = ""
+    if attached.backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
+        kernels = f", kernels: {chosen(inner.device)}"
     lines.append(
-        f"attention: {attached.backend}{entropy} · loads in stock transformers: {portable} · all params: {total:,}"
+        f"attention: {attached.backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}"
     )
     return "\n".join(lines)
 

@@ -1,14 +1,15 @@
-"""The terms of `rows` on stock fused kernels, in O(T) memory.
+"""The terms of `rows` on fused kernels, in O(T) memory: whichever `paths` says; here by torch's stock kernels.
 
-- The **temperature** is one entropy call (by `flash` or in Triton, as `statistics` says) and β on the queries.
+- The **temperature** is one entropy call (by `flash`, or our own in Triton) and β on the queries.
 - The **sink** is a factor on the kernel's output (`flash.attend_with_sink`).
 - The **BOS column** is scored apart by widening the head: the BOS key's channels are zeroed and eight more channels
   carry its logit instead, [q, logit parts] · [k, 1 at the BOS]. Three of the eight hold the logit as the sum of three
   numbers of the input's precision, which is exact to 2⁻²⁴; a closed column gets a logit far below every other. No
-  mask is built, so a causal call stays causal, wherever the BOS stands.
+  mask is built, so a causal call stays causal, wherever the BOS stands. A causal call without a mask on a CPU has a
+  cheaper way (`apart`).
 
 A call of few query rows, as in decoding, is not worth a kernel on a CPU: its time goes into reading keys and values,
-which `eager` reads once each, with the scores of the few rows kept in between.
+which `few` (`eager` where there are gradients) reads once each, with the scores of the few rows kept in between.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, N = D + 8.
 """
@@ -18,30 +19,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropemods.attention import eager, flash
+from ropemods.attention import apart, eager, few, flash, flex
+from ropemods.attention.paths import chosen
 from ropemods.attention.rows import BosColumn, Rows, additive_mask, wide, with_beta
-from ropemods.attention.statistics import row_statistics_kernel
 
 PARTS, CHANNELS = 3, 8
 """Logit parts, and the channels they travel in: kernels want head dims in multiples of 8."""
-FEW = 8
-"""Query rows up to which the scores are written out on a CPU: no slower than the stock kernel, with 8192 keys."""
 
 
 def tempered(rows: Rows) -> Rows:
     """`rows` with β in the place of the temperature it asks for."""
     if rows.temperature is None:
         return rows
-    _check(rows)
-    if _few(rows):
-        return eager.tempered(_wide(rows))._replace(q_BHTD=rows.q_BHTD, k_BGSD=rows.k_BGSD)
-    if row_statistics_kernel(rows.q_BHTD.device) == "triton":
+    path = chosen(rows.q_BHTD.device)
+    if path in ("triton", "triton-rows"):
         from ropemods.attention.triton.entropy import entropy
 
         return with_beta(rows, entropy(rows))
+    if path == "flex":
+        return flex.tempered(rows)
+    _check(rows)
+    if _few(rows):
+        return eager.tempered(_wide(rows))._replace(q_BHTD=rows.q_BHTD, k_BGSD=rows.k_BGSD)
     q, k = rows.q_BHTD, rows.k_BGSD
     if rows.bos is not None:
-        q, k = widened(rows, rows.bos.closed() if rows.temperature.spare_bos else rows.bos)
+        column = rows.bos.closed() if rows.temperature.spare_bos else rows.bos
+        if apart.fits(rows):
+            logit = _weighed(column)
+            return with_beta(rows, apart.row_entropy(q, k, column.is_bos_BS, logit, scale=rows.scale))
+        q, k = widened(rows, column)
     mask = additive_mask(rows, q.dtype)
     return with_beta(rows, flash.row_entropy(q, k, mask=mask, causal=rows.causal, scale=rows.scale))
 
@@ -49,10 +55,20 @@ def tempered(rows: Rows) -> Rows:
 def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Returns out_BHTD and, if asked, the log of the denominator (B, H, T).
 
-    Without a sink the main pass is `scaled_dot_product_attention` itself, on whichever kernel it picks.
+    On the stock kernels, and without a sink, the main pass is `scaled_dot_product_attention` itself, on whichever
+    kernel it picks.
     """
+    path = chosen(rows.q_BHTD.device)
+    if path == "triton":
+        from ropemods.attention.triton.path import attend as attend_fused
+
+        return attend_fused(rows)
+    if path == "flex":
+        return flex.attend(rows)
     _check(rows)
-    if _few(rows):
+    if path == "flash" and few.fits(rows):
+        return few.attend(rows)
+    if path == "flash" and _few(rows):
         out, _, lse = eager.attend(_wide(rows))
         return out, lse
     mask = additive_mask(rows, rows.q_BHTD.dtype)
@@ -64,6 +80,8 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
         column = rows.bos
         if rows.beta_BHT is not None and not rows.beta_spares_bos:
             column = column._replace(logit_BHT=column.logit_BHT * rows.beta_BHT.to(column.logit_BHT.dtype))
+        if apart.fits(rows):
+            return apart.attend(q, k, v, column.is_bos_BS, _weighed(column), rows.sink_H, scale=rows.scale)
         q, k = widened(rows._replace(q_BHTD=q), column)
 
     value_dim = v.shape[-1]
@@ -102,7 +120,7 @@ def _logit_parts(bos: BosColumn, scale: float, dtype: torch.dtype) -> tuple[Tens
     # fp16 ends at 65504: a larger key channel leaves room for closed columns below logits of -1e4.
     unit = 1024.0 if dtype == torch.float16 else 1.0
     closed = -6e4 * unit * scale if dtype == torch.float16 else -1e30
-    logit = bos.logit_BHT + bos.log_weight_BT(bos.logit_BHT.dtype)[:, None]
+    logit = _weighed(bos)
     is_closed = logit == float("-inf")
     rest = torch.where(is_closed, torch.full_like(logit, closed), logit) / (scale * unit)
     parts = []
@@ -115,8 +133,13 @@ def _logit_parts(bos: BosColumn, scale: float, dtype: torch.dtype) -> tuple[Tens
     return torch.stack(parts + [empty] * (CHANNELS - PARTS), dim=-1), unit
 
 
+def _weighed(bos: BosColumn) -> Tensor:
+    """The column's logit with its weight in it (B, H, T)."""
+    return bos.logit_BHT + bos.log_weight_BT(bos.logit_BHT.dtype)[:, None]
+
+
 def _few(rows: Rows) -> bool:
-    return rows.q_BHTD.device.type == "cpu" and rows.q_BHTD.shape[2] <= FEW and rows.dropout == 0
+    return rows.q_BHTD.device.type == "cpu" and rows.q_BHTD.shape[2] <= few.ROWS and rows.dropout == 0
 
 
 def _wide(rows: Rows) -> Rows:
@@ -134,7 +157,7 @@ def _check(rows: Rows) -> None:
     if rows.softcap is not None:
         raise ValueError(
             "a soft cap on the attention logits was asked for on the sdpa path, whose kernels have none; "
-            "load the model with attn_implementation='eager'"
+            "load the model with attn_implementation='eager', or on CUDA set ROPEMODS_KERNEL=triton"
         )
     if rows.dropout > 0 and rows.sink_H is not None:
         raise ValueError(

@@ -119,5 +119,8 @@ def dot_with_bos(q_BHTD: Tensor, k_bos_BGND: Tensor, scale: float) -> Tensor:
     dtype = wide(q_BHTD.dtype)
     groups = k_bos_BGND.shape[1]
     q_BGRTD = q_BHTD.to(dtype).unflatten(1, (groups, -1))
+    if k_bos_BGND.shape[2] == 1:  # one vector for all queries: a product that nothing of their size is made for
+        product = torch.matmul(q_BGRTD.flatten(2, 3), k_bos_BGND.to(dtype).transpose(2, 3))
+        return (product * scale).view(q_BHTD.shape[:3])
     logit_BGRT = (q_BGRTD * k_bos_BGND.to(dtype).unsqueeze(2)).sum(-1) * scale
     return logit_BGRT.flatten(1, 2)

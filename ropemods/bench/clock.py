@@ -1,6 +1,7 @@
 """Two calls timed in turn, so that what else a machine does falls on both.
 
 The ratio is taken within each pair and its median reported: a slow moment then spoils one pair, not the figure.
+On a CPU with one thread it is CPU time that is compared, in which other programs' turns do not count.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-WARM_UP = 2
+WARM_UP = 1
 """Calls of each that are not counted."""
+FEWEST = 3
+"""Pairs that are timed however long they take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,30 +29,47 @@ class Ratio:
     high: float
     first_ms: float
     """Median time of the first call. Of other machines it says nothing; ratios do."""
+    pairs: int
 
 
-def ratio(first: Callable[[], None], second: Callable[[], None], *, pairs: int, device: str) -> Ratio:
+def ratio(
+    first: Callable[[], None], second: Callable[[], None], *, pairs: int, device: str, patience: float = 10.0
+) -> Ratio:
+    """Of up to `pairs` pairs: once FEWEST are timed and `patience` seconds are over, those at hand must do."""
     for _ in range(WARM_UP):
         first()
         second()
-    times = [(_seconds(first, device), _seconds(second, device)) for _ in range(pairs)]
+    times: list[tuple[float, float]] = []
+    while len(times) < pairs and (len(times) < FEWEST or sum(map(sum, times)) < patience):
+        times.append((_seconds(first, device), _seconds(second, device)))
     ratios = [b / a for a, b in times]
     return Ratio(
         median=statistics.median(ratios),
         low=min(ratios),
         high=max(ratios),
         first_ms=1000 * statistics.median(a for a, _ in times),
+        pairs=len(times),
     )
 
 
 def _seconds(call: Callable[[], None], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = _now(device)
+    start = now()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
+
+
+def _now(device: str) -> Callable[[], float]:
+    return time.process_time if alone(device) else time.perf_counter
+
+
+def alone(device: str) -> bool:
+    """Whether CPU time is compared."""
+    return device == "cpu" and torch.get_num_threads() == 1
 
 
 def peak_bytes(call: Callable[[], None], device: str) -> int:

@@ -2,28 +2,40 @@
 
 TruncatedRoPE and ReplacedBos are not here. They change a table and an embedding row; the attention call is stock's.
 
-Floors are in the matrix products of one causal call: forward 2, backward 5. A temperature on stock kernels adds an
-entropy call, which is another 2 and 5. In decoding, what counts is how often keys and values are read.
+Floors are in the matrix products of one causal call: stock attention has 2 forward and 5 backward. What each path has
+beside them, or in their place, is written at `PRODUCTS`. In decoding, what counts is how often keys and values are
+read, and every path reads them once.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ropemods.attention import eager, fused
+from ropemods.attention import eager, fused, paths
 from ropemods.attention.rows import Rows
 from ropemods.mods import AdaptiveTemperature, LearnedSink, Mod, UnrotatedBos
 from ropemods.mods.base import Call, Layout, Site
 
 KINDS = ("forward", "training", "decode")
 """`training` is forward and backward; `decode` is one query that reads a cache."""
-PATHS = ("sdpa", "eager")
+PATHS = (*paths.PATHS, "eager")
+PRODUCTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "flash": ((2, 5), (4, 10)),
+    "flex": ((2, 7), (4, 14)),
+    "triton": ((2, 7), (3, 7)),
+    "triton-rows": ((2, 5), (3, 9)),
+}
+"""Products forward and backward, without and with an entropy to read. Backwards without atomics read the queries'
+side and the keys' side apart: 7 products, or 4 where there are no values. The fused kernel has one more forward where
+a backward follows, for ∂O/∂β."""
+STOCK_PRODUCTS = 2, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +51,12 @@ class Subject:
         """The least ratio that the mathematics allows on the kernels of this path; None where none is known."""
         if path == "eager":
             return None
-        return 2.0 if self.entropy and kind != "decode" else 1.0
+        if kind == "decode" or not self.mods:
+            return 1.0
+        forward, backward = PRODUCTS[path][self.entropy]
+        if kind == "forward":
+            return forward / STOCK_PRODUCTS[0]
+        return (forward + (path == "triton" and self.entropy) + backward) / sum(STOCK_PRODUCTS)
 
 
 SUBJECTS = (
@@ -126,14 +143,15 @@ class Problem:
             assert stage is not None
             stage.to(self.q.device).set_strength(1.0)
             parameters += list(stage.parameters())
-        backend = {"sdpa": fused, "eager": eager}[path]
+        backend = eager if path == "eager" else fused
 
         def attend() -> Tensor:
             rows = Rows(self.q, self.k, self.v, mask=None, causal=self.kind != "decode", scale=self.scale)
             for stage in stages:
                 assert stage is not None
                 rows = stage(rows, self.call)
-            return backend.attend(rows)[0]
+            with contextlib.nullcontext() if path == "eager" else paths.using(path):
+                return backend.attend(rows)[0]
 
         return self._step(attend, parameters)
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import ropemods
+from ropemods.attention import paths
 from ropemods.bench import clock
 from ropemods.bench.subjects import KINDS, PATHS, SUBJECTS, Problem, Shape, Subject
 
@@ -21,8 +22,10 @@ class Plan:
     """What to measure."""
 
     shapes: tuple[Shape, ...]
+    decode_shapes: tuple[Shape, ...] = ()
+    """Those of decoding, which has the heads of a whole model; `shapes` where there are none."""
     kinds: tuple[str, ...] = KINDS
-    paths: tuple[str, ...] = ("sdpa",)
+    paths: tuple[str, ...] = (paths.DEFAULT,)
     subjects: tuple[Subject, ...] = SUBJECTS
     pairs: int = 7
     device: str = "cpu"
@@ -39,6 +42,13 @@ class Plan:
             raise ValueError(f"device must be cpu or cuda, not {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for and torch finds none; use cpu")
+        for path in set(self.paths) - {"eager"}:
+            with paths.using(path):
+                paths.chosen(torch.device(self.device))  # says why where it cannot run
+
+    def calls(self) -> list[tuple[str, Shape]]:
+        decode = self.decode_shapes or self.shapes
+        return [(kind, shape) for kind in self.kinds for shape in (decode if kind == "decode" else self.shapes)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class Row:
 def survey(plan: Plan, told: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """Measure; `told` is called with each row as soon as it is known."""
     rows = []
-    for kind, shape in itertools.product(plan.kinds, plan.shapes):
+    for kind, shape in plan.calls():
         problem = Problem(shape, kind, plan.device)
         stock = problem.stock()
         stock_bytes = clock.peak_bytes(stock, plan.device)
@@ -96,7 +106,15 @@ def as_json(plan: Plan, rows: list[Row]) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "clock": "CPU time" if clock.alone(plan.device) else "elapsed time",
         "pairs": plan.pairs,
         "warm_up": clock.WARM_UP,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
+
+
+def from_json(written: dict[str, Any]) -> list[Row]:
+    """The rows of a file that `as_json` wrote."""
+    return [
+        Row(**(row | {"shape": Shape(**row["shape"]), "ratio": clock.Ratio(**row["ratio"])})) for row in written["rows"]
+    ]

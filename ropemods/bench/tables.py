@@ -39,10 +39,21 @@ def table(rows: Sequence[Row]) -> str:
     return markdown_table(head, [line(row) for row in rows])
 
 
+START, END = "<!-- table -->", "<!-- end of table -->"
+
+
+def into_page(page: str, rows: Sequence[Row]) -> str:
+    """The page with the table between its marks replaced."""
+    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+        raise ValueError(f"the page must have the lines {START} and {END} once each, with the table's place between")
+    return page[: page.index(START) + len(START)] + "\n" + table(rows) + "\n" + page[page.index(END) :]
+
+
 def plot(rows: Sequence[Row]) -> Markup:
-    """A panel for each kind and shape but its length, a line for each subject on its fastest path; an SVG file."""
+    """A panel for each kind and shape but its length, a line for each subject on the first path; an SVG file."""
     panels: list[list[Markup]] = []
-    names = list(dict.fromkeys(row.subject for row in rows if row.path == "sdpa"))[: len(LOOKS)]
+    rows = _drawn(rows)
+    names = list(dict.fromkeys(row.subject for row in rows))[: len(LOOKS)]
     for kind in KINDS:
         shapes = dict.fromkeys(dataclasses.replace(row.shape, length=1) for row in rows if row.kind == kind)
         for shape in shapes:
@@ -69,6 +80,12 @@ def plot(rows: Sequence[Row]) -> Markup:
     )
 
 
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    """Those of one path: several lines a subject would be too many."""
+    first = next((row.path for row in rows), None)
+    return [row for row in rows if row.path == first]
+
+
 def _said(row: Row) -> str:
     shape = row.shape
     return f"D = {shape.head_dim}, {shape.heads}:{shape.heads // shape.group_ratio} heads, {shape.dtype}"
@@ -77,7 +94,7 @@ def _said(row: Row) -> str:
 def _panel(title: str, rows: Sequence[Row], names: Sequence[str]) -> list[Markup]:
     series = []
     for name, look in zip(names, LOOKS, strict=False):
-        mine = sorted((r for r in rows if r.subject == name and r.path == "sdpa"), key=lambda r: r.shape.length)
+        mine = sorted((r for r in rows if r.subject == name), key=lambda r: r.shape.length)
         if mine:
             series.append(
                 Series(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ropemods.cli.command import Command
 from ropemods.options import option
+
+if TYPE_CHECKING:
+    from ropemods.bench.survey import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,40 +32,79 @@ class Options:
     kinds: tuple[Literal["forward", "training", "decode"], ...] = option(
         ("forward", "training", "decode"), "some of forward, training (forward and backward) and decode"
     )
-    paths: tuple[Literal["sdpa", "eager"], ...] = option(("sdpa",), "some of sdpa and eager")
-    pairs: int = option(7, "timed pairs, of which the median ratio counts", metavar="N")
+    decode_heads: tuple[int, ...] = option(
+        (), "query heads and key/value heads when decoding, if not --heads and --group_ratios", metavar="N"
+    )
+    paths: tuple[Literal["flash", "triton", "triton-rows", "flex", "eager"], ...] = option(
+        ("flash",), "kernels, as ROPEMODS_KERNEL names them, and eager"
+    )
+    pairs: int = option(7, "timed pairs at most, of which the median ratio counts; 3 where one takes long", metavar="N")
+    redraw: str | None = option(
+        None, "a bench.json; nothing is measured, its table and plot are made again", metavar="FILE", unset="measure"
+    )
+    page: str | None = option(
+        None, "a Markdown page; the table between its marks is replaced", metavar="FILE", unset="none is written"
+    )
 
 
 def run(options: Options) -> None:
     import json
     from pathlib import Path
 
+    from ropemods.atomic import write_text
+    from ropemods.bench.survey import as_json, from_json, machine, survey
+    from ropemods.bench.tables import into_page, line, plot, table
+
+    if options.redraw is not None:
+        written = json.loads(Path(options.redraw).read_text(encoding="utf-8"))
+        rows = from_json(written)
+    else:
+        plan = _plan(options)
+        print(f"{machine(plan.device)}; median, min and max of {plan.pairs} pairs, stock attention = 1", flush=True)
+        rows = survey(plan, told=lambda row: print("  ".join(line(row)), flush=True))
+        written = as_json(plan, rows)
+        print(f"\n{table(rows)}")
+    if options.output is not None:
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "bench.json", json.dumps(written, indent=1) + "\n")
+        write_text(folder / "bench.md", table(rows) + "\n")
+        write_text(folder / "bench.svg", plot(rows) + "\n")
+        print(f"wrote {folder}/bench.json, bench.md and bench.svg")
+    if options.page is not None:
+        page = Path(options.page)
+        write_text(page, into_page(page.read_text(encoding="utf-8"), rows))
+        print(f"wrote {page}")
+
+
+def _plan(options: Options) -> Plan:
     import torch
 
-    from ropemods.atomic import write_text
     from ropemods.bench.subjects import Shape
-    from ropemods.bench.survey import Plan, as_json, machine, survey
-    from ropemods.bench.tables import line, plot, table
+    from ropemods.bench.survey import Plan
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = itertools.product(options.head_dims, options.group_ratios, options.lengths)
-    shapes = tuple(
-        Shape(length=length, head_dim=dim, heads=options.heads, group_ratio=ratio, dtype=options.dtype)
-        for dim, ratio, length in sizes
+
+    def shapes(heads: int, ratios: tuple[int, ...]) -> tuple[Shape, ...]:
+        sizes = itertools.product(options.head_dims, ratios, options.lengths)
+        return tuple(
+            Shape(length=length, head_dim=dim, heads=heads, group_ratio=ratio, dtype=options.dtype)
+            for dim, ratio, length in sizes
+        )
+
+    decode = options.decode_heads
+    if decode and (len(decode) != 2 or min(decode) < 1 or decode[0] % decode[1]):
+        raise ValueError(f"--decode_heads must be query heads and key/value heads that divide them, not {decode}")
+    return Plan(
+        shapes=shapes(options.heads, options.group_ratios),
+        decode_shapes=shapes(decode[0], (decode[0] // decode[1],)) if decode else (),
+        kinds=options.kinds,
+        paths=options.paths,
+        pairs=options.pairs,
+        device=device,
     )
-    plan = Plan(shapes=shapes, kinds=options.kinds, paths=options.paths, pairs=options.pairs, device=device)
-    print(f"{machine(device)}; median, min and max of {plan.pairs} pairs, stock attention = 1", flush=True)
-    rows = survey(plan, told=lambda row: print("  ".join(line(row)), flush=True))
-    print(f"\n{table(rows)}")
-    if options.output is not None:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "bench.json", json.dumps(as_json(plan, rows), indent=1) + "\n")
-        write_text(folder / "bench.md", table(rows) + "\n")
-        write_text(folder / "bench.svg", plot(rows) + "\n")
-        print(f"wrote {folder}/bench.json, bench.md and bench.svg")
 
 
 COMMAND = Command(
@@ -70,5 +112,6 @@ COMMAND = Command(
     run=run,
     example="""
         ropemods bench --lengths 256 512 --pairs 5 --output ./bench
+        ropemods bench --redraw ./bench/bench.json --output ./bench
     """,
 )

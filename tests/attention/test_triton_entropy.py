@@ -1,4 +1,4 @@
-"""The entropy of an attention call on the row-statistics kernel: every term a row may have, and who runs it."""
+"""The entropy of an attention call on the row-statistics kernel: every term a row may have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ropemods.attention import eager, fused, statistics
+from ropemods.attention import eager, fused, paths
 from ropemods.attention.triton.entropy import entropy
 from tests.attention.test_rows import problem
 
@@ -53,37 +53,10 @@ def test_it_is_asked_for_by_name_and_then_runs(monkeypatch: pytest.MonkeyPatch) 
     }  # fmt: skip
     rows, _ = problem(case, torch.float32)
     by_flash = fused.attend(rows)[0]
-    monkeypatch.setenv(statistics.VARIABLE, "triton")
+    monkeypatch.setenv(paths.VARIABLE, "triton-rows")
     ran = []
     monkeypatch.setattr("ropemods.attention.triton.entropy.row_stats", lambda *a, **k: ran.append(a) or stats(*a, **k))
     from ropemods.attention.triton.row_stats import row_stats as stats
 
     torch.testing.assert_close(fused.attend(rows)[0], by_flash, rtol=1e-5, atol=1e-5)
     assert len(ran) == 1
-
-
-def test_the_kernel_is_chosen_by_device_and_never_silently(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.delenv(statistics.VARIABLE, raising=False)
-    assert statistics.row_statistics_kernel(cpu) == "flash"
-    monkeypatch.setenv(statistics.VARIABLE, "Triton")
-    with pytest.raises(ValueError, match="must be flash or triton"):
-        statistics.row_statistics_kernel(cpu)
-    monkeypatch.setenv(statistics.VARIABLE, "triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"the kernels run on CUDA.*flash runs here"):
-        statistics.row_statistics_kernel(cpu)
-
-
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
-def test_on_cuda_triton_runs_where_it_can_and_only_when_asked_for(capability, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    monkeypatch.delenv(statistics.VARIABLE, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert statistics.row_statistics_kernel(cuda) == "flash"
-    monkeypatch.setenv(statistics.VARIABLE, "triton")
-    if capability < (8, 0):
-        with pytest.raises(ValueError, match=r"compute capability 8\.0"):
-            statistics.row_statistics_kernel(cuda)
-    else:
-        assert statistics.row_statistics_kernel(cuda) == "triton"

@@ -3,11 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import ropemods as rm
 from ropemods.attention import reference
 from ropemods.attention.rows import Temperature
+from ropemods.hooks import interface
 from ropemods.mods import AdaptiveTemperature
 from ropemods.mods.adaptive_temperature import PUBLISHED
-from tests.contract import ModContract
+from tests import zoo
+from tests.contract import ModContract, close
 
 PUBLISHED_VALUES = {0.5: 1.0, 1: 1.270, 2: 2.099, 3: 2.250, 4: 2.389, 5: 2.294, 5.5: 1.8466, 5.9: 1.1094, 6: 1.0}
 
@@ -62,3 +65,22 @@ def test_bad_options_say_what_is_wrong(options: dict, message: str | None) -> No
         return
     with pytest.raises(ValueError, match=message):
         AdaptiveTemperature(**options)
+
+
+def test_a_mask_that_the_layers_share_is_looked_at_once_and_again_when_it_changes(monkeypatch) -> None:
+    """Looking waits for the device. A mask that adds to logits goes where they are written out."""
+    looked, adds = [], interface._adds
+    monkeypatch.setattr(interface, "_adds", lambda mask: looked.append(mask) or adds(mask))
+    model, ids = rm.apply(zoo.build("llama", "sdpa"), AdaptiveTemperature()), zoo.tokens()
+    eager = rm.apply(zoo.build("llama", "eager"), AdaptiveTemperature())
+    mask = torch.full((12, 12), float("-inf")).triu(1).expand(2, 1, 12, 12).clone()
+    wanted = model(ids, use_cache=False).logits
+    assert not looked
+    close(model(ids, attention_mask=mask, use_cache=False).logits, wanted, 2e-5)
+    assert len(looked) == 1
+    mask[..., 3] += 1.0
+    biased = model(ids, attention_mask=mask, use_cache=False).logits
+    assert len(looked) == 2
+    close(biased, eager(ids, attention_mask=mask, use_cache=False).logits, 2e-5)
+    assert (biased - wanted).abs().max() > 1e-2
+    assert len(looked) == 2

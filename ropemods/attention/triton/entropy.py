@@ -1,67 +1,25 @@
 """The entropy of the rows of one attention call, on the row-statistics kernel.
 
-The BOS column is hidden from the kernel and joined to what it returns. Let the other keys have log-sum-exp lse and
-entropy H, and the column logit b (weight included). It takes the share p = σ(b − lse), and a choice made in two steps,
-column or not and then which key, has the entropy
+The BOS column is hidden from the kernel and joined to what it returns (`ropemods.attention.joined`).
 
-    H' = p · (−log p) + (1 − p) · (−log(1 − p) + H)
-
-Shapes: B batch, H query heads, T queries, S keys.
+Shapes: B batch, H query heads, T queries.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from ropemods.attention.rows import BosColumn, Rows
+from ropemods.attention.joined import with_column, without_column
+from ropemods.attention.rows import Rows
 from ropemods.attention.triton.row_stats import row_stats
 from ropemods.attention.triton.spans import spans
 
 
 def entropy(rows: Rows) -> Tensor:
     """H of every row (B, H, T) as its temperature reads it."""
-    assert rows.temperature is not None
     queries, keys = rows.q_BHTD.shape[2], rows.k_BGSD.shape[2]
     where = spans(queries, keys, causal=rows.causal, device=rows.q_BHTD.device)
-    lse, others = row_stats(rows.q_BHTD, rows.k_BGSD, where, mask=_mask(rows), scale=rows.scale, softcap=rows.softcap)
-    if rows.bos is None:
-        return others
-    column = rows.bos.closed() if rows.temperature.spare_bos else rows.bos
-    logit = column.logit_BHT + column.log_weight_BT(column.logit_BHT.dtype)[:, None]
-    return _joined(lse, others, logit.to(lse.dtype) + _reach(rows, column))
-
-
-def _mask(rows: Rows) -> Tensor | None:
-    """The mask of `rows`, and the BOS column hidden."""
-    if rows.bos is None:
-        return rows.mask
-    is_bos = rows.bos.is_bos_BS[:, None, None, :]
-    if rows.mask is None:
-        return ~is_bos
-    if rows.mask.dtype == torch.bool:
-        return rows.mask & ~is_bos
-    return rows.mask.masked_fill(is_bos, float("-inf"))
-
-
-def _reach(rows: Rows, bos: BosColumn) -> Tensor:
-    """What the mask adds to the BOS logit of each row (B, 1 or H, T): 0, or -inf where the row does not see its BOS."""
-    is_bos = bos.is_bos_BS[:, None, None, :]
-    if rows.mask is not None and rows.mask.dtype != torch.bool:
-        return rows.mask.masked_fill(~is_bos, float("-inf")).amax(-1)
-    if rows.mask is not None:
-        sees = (rows.mask & is_bos).any(-1)
-    elif rows.causal:
-        sees = bos.is_bos_BS.cummax(-1).values[:, None, : rows.q_BHTD.shape[2]]
-    else:
-        sees = is_bos.any(-1)
-    return torch.where(sees, 0.0, float("-inf"))
-
-
-def _joined(lse: Tensor, entropy: Tensor, logit: Tensor) -> Tensor:
-    closed, alone = logit == float("-inf"), lse == float("-inf")
-    # Rows that have only one of the two are chosen below; here they only have to stay finite, gradients too.
-    ahead = torch.where(closed, 0.0, logit) - torch.where(alone, 0.0, lse)
-    joined = torch.sigmoid(ahead) * softplus(-ahead) + torch.sigmoid(-ahead) * (softplus(ahead) + entropy)
-    return torch.where(closed | alone, entropy, joined)
+    lse, others = row_stats(
+        rows.q_BHTD, rows.k_BGSD, where, mask=without_column(rows), scale=rows.scale, softcap=rows.softcap
+    )
+    return with_column(rows, lse, others)

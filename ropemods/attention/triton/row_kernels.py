@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ropemods.attention.triton.tiles import product, tile
 
+
 @triton.jit
 def _scores(
     q, k, row, key, first, past, mask, stride_mask_row, stride_mask_key,

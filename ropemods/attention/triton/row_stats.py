@@ -8,7 +8,7 @@ Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,22 +16,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ropemods.attention.triton import row_kernels, tiles
+from ropemods.attention.triton.launch import DTYPES, WIDEST, Blocks, padded
 from ropemods.attention.triton.spans import Spans
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDEST = 256
-
-
-class Blocks(NamedTuple):
-    """Queries and keys that a program holds at once; powers of two, 16 or more."""
-
-    rows: int
-    keys: int
 
 
 def default_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
     """Such that a tile of queries and two of keys fit the shared memory of any GPU of compute capability 8.0 on."""
-    wide = _padded(head_dim) * dtype.itemsize > 256
+    wide = padded(head_dim) * dtype.itemsize > 256
     return Blocks(32, 32) if wide else Blocks(64, 64)
 
 
@@ -82,11 +73,6 @@ def _check(q: Tensor, k: Tensor, spans: Spans, mask: Tensor | None) -> None:
         raise ValueError("row_stats gives the mask no gradient; attn_implementation='eager' does")
 
 
-def _padded(head_dim: int) -> int:
-    """Tensor cores take 16 channels or more, and a tile a power of two."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 def _launch(
     kernel: Any,
     grid: tuple[int, int],
@@ -110,7 +96,7 @@ def _launch(
         *(*q.stride(), *k.stride(), first.stride(0) if first.shape[0] > 1 else 0),
         *(read.stride() if mask is not None else (0, 0, 0, 0)),
         *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], q.shape[3], scale, softcap),
-        DIM=_padded(q.shape[3]),
+        DIM=padded(q.shape[3]),
         ROWS=rows,
         KEYS=keys,
         MASK=kind,

@@ -1,0 +1,150 @@
+"""The terms of `rows` on torch's FlexAttention, for GPUs where our kernels do not fit.
+
+The BOS column and the soft cap are a score function, what a row may see is a block mask, β is on the queries, and the
+sink is a factor on the output by the log-sum-exp that FlexAttention returns. A temperature costs a second call, which
+reads the mean key of each row: E = scale · ⟨q, Attn(q, k, k)⟩ and H = lse − E, as in `flash`.
+
+FlexAttention is compiled on first use. On a CPU it has a forward and no backward, so there it is for inference.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+
+from ropemods.attention.joined import with_column
+from ropemods.attention.rows import Rows, soft_capped, with_beta
+
+BLOCK = 128
+
+
+def tempered(rows: Rows, *, compiled: bool = True) -> Rows:
+    """`rows` with β in the place of the temperature it asks for."""
+    if rows.temperature is None:
+        return rows
+    _check(rows)
+    q, k, bos = rows.q_BHTD, rows.k_BGSD, rows.bos
+    without = rows if bos is None else rows._replace(bos=bos.closed(), temperature=rows.temperature)
+    mean_key, lse = _call(without._replace(v_BGSD=k), close_all=True, compiled=compiled)
+    empty = lse == float("-inf")
+    mean_logit = rows.scale * (q.to(lse.dtype) * mean_key.to(lse.dtype)).sum(-1)
+    entropy = torch.where(empty, 0.0, lse - mean_logit)
+    return with_beta(rows, with_column(rows, lse, entropy))
+
+
+def attend(rows: Rows, *, compiled: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns out_BHTD and the log of the denominator (B, H, T)."""
+    _check(rows)
+    rows = tempered(rows, compiled=compiled)
+    if rows.beta_BHT is not None:
+        rows = rows._replace(q_BHTD=(rows.q_BHTD * rows.beta_BHT.unsqueeze(-1)).to(rows.q_BHTD.dtype))
+        if rows.bos is not None and not rows.beta_spares_bos:
+            assert rows.beta_BHT is not None
+            logit = rows.bos.logit_BHT * rows.beta_BHT.to(rows.bos.logit_BHT.dtype)
+            rows = rows._replace(bos=rows.bos._replace(logit_BHT=logit))
+    out, lse = _call(rows, close_all=False, compiled=compiled)
+    if rows.sink_H is None:
+        return out, lse
+    log_z = torch.logaddexp(lse, rows.sink_H.to(lse.dtype)[:, None])
+    return (out * torch.exp(lse - log_z).unsqueeze(-1)).to(out.dtype), log_z
+
+
+def _call(rows: Rows, *, close_all: bool, compiled: bool) -> tuple[Tensor, Tensor]:
+    """out and lse; `close_all` hides the BOS column from every row, the BOS's own too."""
+    q, k = rows.q_BHTD, rows.k_BGSD
+    function = _compiled() if compiled else torch_flex.flex_attention
+    out, aux = function(
+        q,
+        k,
+        rows.v_BGSD,
+        score_mod=_score(rows, close_all),
+        block_mask=_block_mask(rows),
+        scale=rows.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=torch_flex.AuxRequest(lse=True),
+    )
+    return out, aux.lse
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(torch_flex.flex_attention)
+
+
+def _score(rows: Rows, close_all: bool) -> Callable[..., Tensor] | None:
+    cap, bos, mask = rows.softcap, rows.bos, rows.mask
+    adds = mask if mask is not None and mask.dtype != torch.bool else None
+    if cap is None and bos is None and adds is None:
+        return None
+    if adds is not None:
+        adds = adds.expand(rows.q_BHTD.shape[0], rows.q_BHTD.shape[1], *adds.shape[-2:])
+    if bos is not None:
+        logit = bos.logit_BHT + bos.log_weight_BT(bos.logit_BHT.dtype)[:, None]
+        if close_all:
+            logit = torch.full_like(logit, float("-inf"))
+        is_bos = bos.is_bos_BS.expand(rows.q_BHTD.shape[0], -1)
+
+    def score(value: Tensor, b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        value = soft_capped(value, cap)
+        if bos is not None:
+            value = torch.where(is_bos[b, s], logit[b, h, q].to(value.dtype), value)
+        return value if adds is None else value + adds[b, h, q, s]
+
+    return score
+
+
+def _block_mask(rows: Rows) -> Any:
+    """What a row may see, in blocks; for causal rows without a mask written down directly, (T / 128)² numbers."""
+    (batch, _, queries, _), keys, device = rows.q_BHTD.shape, rows.k_BGSD.shape[2], rows.q_BHTD.device
+    if rows.mask is not None and rows.mask.dtype == torch.bool:
+        mask = rows.mask.expand(batch, rows.mask.shape[1], queries, keys)
+        heads = mask.shape[1]
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+            return mask[b, h if heads > 1 else 0, q, s]
+
+        return torch_flex.create_block_mask(
+            sees, batch, heads if heads > 1 else None, queries, keys, device=str(device), BLOCK_SIZE=BLOCK
+        )
+    if not rows.causal:
+        return None
+    count = -(-queries // BLOCK)
+    number = torch.arange(count, device=device, dtype=torch.int32)
+    whole = number.expand(1, 1, count, count)
+    return torch_flex.BlockMask.from_kv_blocks(
+        torch.ones(1, 1, count, dtype=torch.int32, device=device),
+        number.view(1, 1, count, 1).expand(1, 1, count, count).contiguous(),
+        number.view(1, 1, count),
+        whole.contiguous(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_causal,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _causal(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+    return q >= s
+
+
+def _check(rows: Rows) -> None:
+    if rows.q_BHTD.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in rows[:3]):
+        raise ValueError(
+            "FlexAttention has no backward on a CPU; train there with ROPEMODS_KERNEL=flash, or under torch.no_grad()"
+        )
+    if rows.softcap is not None and (rows.temperature is not None or rows.beta_BHT is not None):
+        raise ValueError(
+            "FlexAttention cannot read the entropy of soft-capped logits; use ROPEMODS_KERNEL=triton, or load the "
+            "model with attn_implementation='eager'"
+        )
+    if rows.dropout > 0:
+        raise ValueError(
+            f"attention dropout of {rows.dropout} was asked for on FlexAttention, which has none; set "
+            "config.attention_dropout = 0, or ROPEMODS_KERNEL=flash"
+        )

@@ -1,0 +1,189 @@
+"""One kernel for a whole attention call forward: temperature, BOS column and sink in the pass that reads the values.
+
+With a temperature that reads the entropy, a program goes over its keys twice. The first time it needs the queries and
+keys alone (`statistics_step`), and then knows lse, H and β of its rows. The second time, with logits x, biases c (the
+mask, the BOS weight) and the highest tempered logit m so far,
+
+    w_j = e^(β x_j + c_j − m)      l = Σ w_j      o = Σ w_j v_j
+
+and, for the backward, with r the highest logit so far,
+
+    a = Σ w_j (x_j − r)      A = Σ w_j (x_j − r) v_j      ∂O/∂β = A / l − (a / l) · o / l
+
+which does not depend on r, and never is the difference of two large numbers. The sink joins l and a at the end with
+x = 0, and so does a BOS column that the temperature spares. Three matrix products, four with ∂O/∂β.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ropemods.attention.triton.tiles import (
+    beta_of,
+    logits,
+    narrowed,
+    product,
+    raised,
+    store_tile,
+    tile,
+    weighed,
+    with_beta,
+)
+
+
+@triton.jit
+def statistics_step(s, highest, total, moment):
+    """Σ e^(s − m) and Σ (s − m) e^(s − m) with the logits of one more tile."""
+    highest, base, rise = raised(highest, s)
+    shrink = tl.exp(-rise)
+    weight = tl.exp(s - base[:, None])
+    moment = shrink * (moment - rise * total) + tl.sum(tl.where(weight > 0, weight * (s - base[:, None]), 0.0), 1)
+    total = shrink * total + tl.sum(weight, 1)
+    return highest, total, moment
+
+
+@triton.jit
+def statistics_end(highest, total, moment):
+    """lse and H; -inf and 0 for a row that saw nothing."""
+    empty = total == 0
+    divisor = tl.where(empty, 1.0, total)
+    log_total = tl.log(divisor)
+    return tl.where(empty, float("-inf"), highest + log_total), log_total - moment / divisor
+
+
+@triton.jit
+def values_step(x, z, v_tile, state, KEEP: tl.constexpr):
+    """The sums of the module's docstring with one more tile. `state` is (m, l, o) or (m, l, o, r, a, A)."""
+    highest, base, rise = raised(state[0], z)
+    shrink = tl.exp(-rise)
+    weight = tl.exp(z - base[:, None])
+    total = shrink * state[1] + tl.sum(weight, 1)
+    mixed = shrink[:, None] * state[2] + product(narrowed(weight, v_tile.dtype), v_tile)
+    if KEEP:
+        reference, from_here, step = raised(state[3], tl.where(z > float("-inf"), x, float("-inf")))
+        moment = tl.where(weight > 0, weight * (x - from_here[:, None]), 0.0)
+        first = shrink * (state[4] - step * state[1]) + tl.sum(moment, 1)
+        mixed_first = shrink[:, None] * (state[5] - step[:, None] * state[2])
+        mixed_first += product(narrowed(moment, v_tile.dtype), v_tile)
+        return highest, total, mixed, reference, first, mixed_first
+    else:
+        return highest, total, mixed
+
+
+@triton.jit
+def values_start(ROWS: tl.constexpr, VDIM: tl.constexpr, KEEP: tl.constexpr):
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, VDIM), tl.float32)
+    if KEEP:
+        reference = tl.full((ROWS,), float("-inf"), tl.float32)
+        return highest, total, mixed, reference, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, VDIM), tl.float32)
+    else:
+        return highest, total, mixed
+
+
+@triton.jit
+def values_end(state, sink, SINK: tl.constexpr, KEEP: tl.constexpr):
+    """out, the log of the denominator, and ∂O/∂β (out again where it is not kept)."""
+    highest, total = state[0], state[1]
+    shrink = tl.full(total.shape, 1.0, tl.float32)
+    if SINK:
+        higher, base, rise = raised(highest, (tl.zeros_like(total) + sink)[:, None])
+        shrink = tl.where(highest == float("-inf"), 0.0, tl.exp(-rise))
+        sink_weight = tl.exp(sink - base)
+        total = shrink * total + sink_weight
+        highest = higher
+    empty = total == 0
+    divisor = tl.where(empty, 1.0, total)
+    out = state[2] * (shrink / divisor)[:, None]
+    log_z = tl.where(empty, float("-inf"), highest + tl.log(divisor))
+    slope = out
+    if KEEP:
+        first = shrink * state[4]
+        if SINK:
+            first -= sink_weight * tl.where(state[3] == float("-inf"), 0.0, state[3])
+        slope = state[5] * (shrink / divisor)[:, None] - (first / divisor)[:, None] * out
+    return out, log_z, slope
+
+
+@triton.jit
+def attend_kernel(
+    q, k, v, first, past, mask, is_bos, bos_logit, bos_weight, bos_counted, sink, coefficients, strength, beta,
+    out, log_z, lse, entropy, slope,
+    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim,
+    span_batch, mask_batch, mask_head, mask_row, mask_key,
+    heads, repeats, queries, keys, head_dim, value_dim, scale, cap, hold_from,
+    DIM: tl.constexpr, VDIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
+    CAPPED: tl.constexpr, BOS: tl.constexpr, SPARED: tl.constexpr, SINK: tl.constexpr, BETA: tl.constexpr,
+    POWERS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < queries
+    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
+    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
+    k_base = k + batch * k_batch + (head // repeats) * k_head
+    v_base = v + batch * v_batch + (head // repeats) * v_head
+    mask_base = mask + batch * mask_batch + head * mask_head
+    bos_base = is_bos + batch * keys
+    at = tl.program_id(1).to(tl.int64) * queries + row
+    row_bos = tl.zeros((ROWS,), tl.float32)
+    weight = row_bos
+    if BOS:
+        row_bos = tl.load(bos_logit + at, mask=inside, other=0.0)
+        weight = tl.load(bos_weight + batch * queries + row, mask=inside, other=0.0)
+    low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
+    high = tl.max(end)
+
+    row_beta = tl.full((ROWS,), 1.0, tl.float32)
+    if BETA == 1:
+        row_beta = tl.load(beta + at, mask=inside, other=1.0)
+    if BETA == 2:
+        counted = row_bos
+        if BOS:
+            counted = tl.load(bos_counted + batch * queries + row, mask=inside, other=0.0)
+        highest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        moment = tl.zeros((ROWS,), tl.float32)
+        for start in range(low, high, KEYS):
+            key = start + tl.arange(0, KEYS)
+            k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+            x, bias, seen, at_bos = logits(
+                q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
+                queries, keys, scale, cap, MASK, CAPPED, BOS,
+            )  # fmt: skip
+            s = weighed(x, bias, seen, at_bos, counted, BOS)
+            highest, total, moment = statistics_step(s, highest, total, moment)
+        row_lse, row_entropy = statistics_end(highest, total, moment)
+        row_beta = beta_of(row_entropy, coefficients + head * POWERS, tl.load(strength), hold_from, POWERS)
+        tl.store(lse + at, row_lse, mask=inside)
+        tl.store(entropy + at, row_entropy, mask=inside)
+        tl.store(beta + at, row_beta, mask=inside)
+
+    state = values_start(ROWS, VDIM, KEEP)
+    for start in range(low, high, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+        x, bias, seen, at_bos = logits(
+            q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
+            queries, keys, scale, cap, MASK, CAPPED, BOS,
+        )  # fmt: skip
+        z = weighed(with_beta(x, row_beta, at_bos, BETA, SPARED), bias, seen, at_bos, weight, BOS)
+        if SPARED:
+            x = tl.where(at_bos, 0.0, x)  # what β multiplies there
+        v_tile = tile(v_base, key, keys, value_dim, v_row, v_dim, VDIM)
+        state = values_step(x, z, v_tile, state, KEEP)
+
+    row_sink = 0.0
+    if SINK:
+        row_sink = tl.load(sink + head)
+    mixed, row_log_z, row_slope = values_end(state, row_sink, SINK, KEEP)
+    tl.store(log_z + at, row_log_z, mask=inside)
+    store_tile(out, mixed, at, inside, value_dim, VDIM)
+    if KEEP:
+        store_tile(slope, row_slope, at, inside, value_dim, VDIM)

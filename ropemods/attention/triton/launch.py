@@ -1,0 +1,271 @@
+"""How the kernels of an attention call are launched: block sizes, grids, strides, and what they cannot take.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, C coefficients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ropemods.attention.triton import attend_kernels, decode_kernels, gradient_kernels, tiles
+from ropemods.attention.triton.spans import Spans
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST = 256
+FEW_LANES = 64
+"""Queries times heads of a key/value head that one program of the decode kernels takes."""
+PROGRAMS = 256
+"""What the keys of a decode call are split for: two programs on each processor of a large GPU."""
+
+
+class Blocks(NamedTuple):
+    """Queries and keys that a program holds at once; powers of two, 16 or more."""
+
+    rows: int
+    keys: int
+
+
+class Column(NamedTuple):
+    """The BOS column, as `ropemods.attention.rows.BosColumn` has it."""
+
+    is_bos_BS: Tensor | None
+    """uint8."""
+    logit_BHT: Tensor | None
+    weight_BT: Tensor | None
+    """Log of the column's weight."""
+    counted_BT: Tensor | None
+    """The same for the entropy."""
+
+
+class Rule(NamedTuple):
+    """A temperature that is read off the entropy, as `ropemods.attention.rows.Temperature` has it."""
+
+    coefficients_HC: Tensor | None
+    strength: Tensor | None
+    hold_from: float
+
+
+class Inputs(NamedTuple):
+    """What forward and backward both read."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    first: Tensor
+    past: Tensor
+    mask: Tensor | None
+    is_bos: Tensor | None
+    bos_logit: Tensor | None
+    bos_weight: Tensor | None
+    bos_counted: Tensor | None
+    scale: float
+    softcap: float
+    spared: bool
+
+    @property
+    def column(self) -> tuple[Tensor | None, ...]:
+        return self.is_bos, self.bos_logit, self.bos_weight, self.bos_counted
+
+    def mask_and_strides(self) -> tuple[Tensor | None, tuple[int, ...]]:
+        if self.mask is None:
+            return None, (0, 0, 0, 0)
+        mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
+        return mask, mask.stride()
+
+    def span_stride(self) -> int:
+        return self.first.stride(0) if self.first.shape[0] > 1 else 0
+
+    def constants(self) -> dict[str, Any]:
+        kind = tiles.NO_MASK
+        if self.mask is not None:
+            kind = tiles.BOOLEAN if self.mask.dtype == torch.bool else tiles.ADDITIVE
+        return {
+            "DIM": padded(self.q.shape[3]),
+            "MASK": kind,
+            "CAPPED": self.softcap > 0,
+            "BOS": self.is_bos is not None,
+        }
+
+
+def padded(head_dim: int) -> int:
+    """Tensor cores take 16 channels or more, and a tile a power of two."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def default_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
+    """Such that forward and backward fit the shared memory of any GPU of compute capability 8.0 on."""
+    width = padded(head_dim) * dtype.itemsize
+    if width > 512:
+        return Blocks(16, 16)
+    return Blocks(32, 32) if width > 128 else Blocks(64, 64)
+
+
+def parts(q: Tensor, k: Tensor) -> int:
+    """Into how many the keys are split: one where the queries are work enough by themselves."""
+    batch, heads, queries, _ = q.shape
+    groups, keys = k.shape[1:3]
+    if heads // groups * queries > FEW_LANES or queries > 16:
+        return 1
+    return max(1, min(PROGRAMS // (batch * groups), keys // 128, 32))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor | None) -> None:
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"the triton kernels take queries, keys and values of one dtype out of {known}, not {q.dtype}, {k.dtype} "
+            f"and {v.dtype}; ROPEMODS_KERNEL=flash and attn_implementation='eager' take others"
+        )
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        raise ValueError(
+            f"the triton kernels take head dims to {WIDEST}, not {max(q.shape[3], v.shape[3])}; "
+            "attn_implementation='eager' takes any"
+        )
+    batch, heads, queries, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim or heads % k.shape[1] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"queries of shape {tuple(q.shape)} cannot read keys of shape {tuple(k.shape)} and values of shape "
+            f"{tuple(v.shape)}"
+        )
+    for span in spans:
+        if span.dtype != torch.int32 or span.shape not in ((batch, queries), (1, queries)):
+            raise ValueError(
+                f"spans must be int32 of shape ({batch}, {queries}) or (1, {queries}), not {span.dtype} of "
+                f"{tuple(span.shape)}"
+            )
+    if mask is not None and mask.requires_grad:
+        raise ValueError("the triton kernels give the mask no gradient; attn_implementation='eager' does")
+
+
+def forward(
+    inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float,
+    beta: Tensor | None, made: tuple[Tensor, ...], blocks: Blocks, parts: int,
+) -> None:  # fmt: skip
+    q, k, v = inputs[:3]
+    out, log_z, lse, entropy, made_beta, slope = made
+    mask, mask_strides = inputs.mask_and_strides()
+    batch, heads, queries, head_dim = q.shape
+    tensors = (
+        *(q, k, v, inputs.first, inputs.past, mask, *inputs.column, sink, coefficients, strength),
+        made_beta if beta is None else beta,
+        *(out, log_z, lse, entropy, slope),
+    )
+    attend_kernels.attend_kernel[triton.cdiv(queries, blocks.rows), batch * heads](
+        *(q if x is None else x for x in tensors),
+        *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides),
+        *(heads, heads // k.shape[1], queries, k.shape[2], head_dim, v.shape[3]),
+        *(inputs.scale, inputs.softcap, hold_from),
+        **inputs.constants(),
+        **_terms(inputs, sink, coefficients, beta, slope),
+        SINK=sink is not None,
+        VDIM=padded(v.shape[3]),
+        ROWS=blocks.rows,
+        KEYS=blocks.keys,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def _terms(
+    inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, beta: Tensor | None, slope: Tensor
+) -> dict[str, Any]:
+    kind = tiles.GIVEN if beta is not None else tiles.FROM_ENTROPY if coefficients is not None else tiles.NO_BETA
+    powers = 0 if coefficients is None else coefficients.shape[1]
+    spared = inputs.spared and inputs.is_bos is not None and kind != tiles.NO_BETA
+    return {"SPARED": spared, "BETA": kind, "POWERS": powers, "KEEP": slope.numel() > 0}
+
+
+def decode(
+    inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float,
+    beta: Tensor | None, made: tuple[Tensor, ...], blocks: Blocks, parts: int,
+) -> None:  # fmt: skip
+    q, k, v = inputs[:3]
+    out, log_z, lse, entropy, made_beta, slope = made
+    mask, mask_strides = inputs.mask_and_strides()
+    batch, heads, queries, head_dim = q.shape
+    groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    part = triton.cdiv(triton.cdiv(keys, parts), blocks.keys) * blocks.keys
+    parts = triton.cdiv(keys, part)
+    terms = _terms(inputs, sink, coefficients, beta, slope)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(batch, heads, queries, *shape, dtype=torch.float32, device=q.device)
+
+    grid = parts, batch * groups
+    common = (inputs.span_stride(), *mask_strides)
+    sizes = heads, heads // groups, queries, keys, head_dim
+    lanes = max(16, triton.next_power_of_2(heads // groups * queries))
+    tile_sizes = {"ROWS": lanes, "KEYS": blocks.keys, "num_warps": 4, "num_stages": 2} | inputs.constants()
+    scores, statistics = q, [q, q, q]
+    if terms["BETA"] == tiles.FROM_ENTROPY:
+        scores, statistics = numbers(keys), [numbers(parts) for _ in range(3)]
+        tensors = q, k, inputs.first, inputs.past, mask, inputs.is_bos, inputs.bos_logit, inputs.bos_counted
+        decode_kernels.split_scores_kernel[grid](
+            *(q if x is None else x for x in (*tensors, scores, *statistics)),
+            *(*q.stride(), *k.stride(), *common, *sizes, part, inputs.scale, inputs.softcap),
+            **tile_sizes,
+        )
+    keep = terms["KEEP"]
+    sums = [numbers(parts), numbers(parts), numbers(parts, value_dim)]
+    sums += [numbers(parts), numbers(parts), numbers(parts, value_dim)] if keep else sums
+    tensors = (
+        *(q, k, v, inputs.first, inputs.past, mask, inputs.is_bos, inputs.bos_logit, inputs.bos_weight),
+        *(coefficients, strength, made_beta if beta is None else beta, scores, *statistics, lse, entropy, *sums),
+    )
+    decode_kernels.split_values_kernel[grid](
+        *(q if x is None else x for x in tensors),
+        *(*q.stride(), *k.stride(), *v.stride(), *common, *sizes, value_dim, part),
+        *(inputs.scale, inputs.softcap, hold_from),
+        **tile_sizes,
+        **terms,
+        VDIM=padded(value_dim),
+        PARTS=triton.next_power_of_2(parts),
+    )
+    decode_kernels.merge_kernel[(batch * heads * queries,)](
+        *(*sums, q if sink is None else sink, out, log_z, slope if keep else q),
+        *(heads, queries, value_dim, parts),
+        VDIM=padded(value_dim),
+        SINK=sink is not None,
+        KEEP=keep,
+        PARTS=triton.next_power_of_2(parts),
+    )
+
+
+def backward(
+    inputs: Inputs,
+    kind: int,
+    beta: Tensor | None,
+    given: tuple[Tensor | None, ...],
+    made: tuple[Tensor, ...],
+    blocks: Blocks,
+) -> None:
+    """`given` is dO, log z, lse, H, ⟨dO, O⟩ and dH; `made` is filled with dq, dk, dv and the BOS logits' gradient."""
+    q, k, v = inputs[:3]
+    dq, dk, dv, d_logit = made
+    mask, mask_strides = inputs.mask_and_strides()
+    batch, heads, queries, head_dim = q.shape
+    groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    given = tuple(None if x is None else x.contiguous() for x in given)
+    tensors = q, k, v, inputs.first, inputs.past, mask, *inputs.column, beta, *given
+    rest = (
+        *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides),
+        *(heads, heads // groups, queries, keys, head_dim, value_dim, inputs.scale, inputs.softcap),
+    )
+    constants = inputs.constants() | {
+        "SPARED": inputs.spared and inputs.is_bos is not None and kind != tiles.NO_BETA,
+        "BETA": kind,
+        "VDIM": padded(value_dim),
+        "ROWS": blocks.rows,
+        "KEYS": blocks.keys,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    read = [q if x is None else x for x in tensors]
+    grid = triton.cdiv(queries, blocks.rows), batch * heads
+    gradient_kernels.query_gradients_kernel[grid](*read, dq, d_logit, *rest, **constants)
+    grid = triton.cdiv(keys, blocks.keys), batch * groups
+    gradient_kernels.key_gradients_kernel[grid](*read, dk, dv, *rest, **constants)

@@ -1,0 +1,126 @@
+"""What the kernels share: tiles in and out of memory, products in fp32, the logits of a tile and what a row may see.
+
+A program owns ROWS queries (or KEYS keys) of one head; DIM is the head dim rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
+NO_BETA, GIVEN, FROM_ENTROPY = 0, 1, 2
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def product(a, b):
+    """Accumulated in fp32, from inputs as they are."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """fp32 rounded to the nearest number of the inputs' precision."""
+    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter cuts the last bits off instead.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def tile(pointer, at, size, head_dim, stride_row, stride_dim, DIM: tl.constexpr):
+    """Rows `at` of a matrix (…, DIM); 0 outside of it."""
+    channel = tl.arange(0, DIM)
+    inside = (at[:, None] < size) & (channel[None, :] < head_dim)
+    return tl.load(pointer + at[:, None] * stride_row + channel[None, :] * stride_dim, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, value, at, inside, head_dim, DIM: tl.constexpr):
+    """The counterpart of `tile` for a contiguous matrix; `at` counts its rows from the pointer on."""
+    channel = tl.arange(0, DIM)
+    where = pointer + at[:, None] * head_dim + channel[None, :]
+    tl.store(where, narrowed(value, pointer.dtype.element_ty), mask=inside[:, None] & (channel[None, :] < head_dim))
+
+
+@triton.jit
+def logits(
+    q, k, row, key, begin, end, mask, mask_row, mask_key, is_bos, bos_logit,
+    queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr, BOS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, KEYS) each: the logits x, in the BOS column the logit given for it; what the mask adds; which are seen;
+    and (1, KEYS) which keys are a BOS."""
+    x = product(q, tl.trans(k)) * scale
+    if CAPPED:
+        x = cap * (2 * tl.sigmoid(2 * x / cap) - 1)
+    bias, seen, at_bos = admitted(
+        row, key, begin, end, mask, mask_row, mask_key, is_bos, queries, keys, MASK, BOS
+    )  # fmt: skip
+    if BOS:
+        x = tl.where(at_bos, bos_logit[:, None], x)
+    return x, bias, seen, at_bos
+
+
+@triton.jit
+def admitted(
+    row, key, begin, end, mask, mask_row, mask_key, is_bos, queries, keys, MASK: tl.constexpr, BOS: tl.constexpr
+):
+    """What `logits` returns beside the logits."""
+    seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+    bias = tl.zeros(seen.shape, tl.float32)
+    if MASK != 0:
+        inside = (row[:, None] < queries) & (key[None, :] < keys)
+        where = mask + row[:, None] * mask_row + key[None, :] * mask_key
+        if MASK == 1:
+            seen = seen & (tl.load(where, mask=inside, other=0) != 0)
+        else:
+            bias = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    if BOS:
+        at_bos = (tl.load(is_bos + key, mask=key < keys, other=0) != 0)[None, :]
+    else:
+        at_bos = (key < 0)[None, :]
+    return bias, seen, at_bos
+
+
+@triton.jit
+def weighed(x, bias, seen, at_bos, weight, BOS: tl.constexpr):
+    """The logits with the mask and the weight of the BOS column; -inf where a key is not seen."""
+    if BOS:
+        bias = bias + tl.where(at_bos, weight[:, None], 0.0)
+    return tl.where(seen, x + bias, float("-inf"))
+
+
+@triton.jit
+def with_beta(x, beta, at_bos, BETA: tl.constexpr, SPARED: tl.constexpr):
+    """Tempered logits; the BOS column is not, where it is spared."""
+    if BETA != 0:
+        if SPARED:
+            x = tl.where(at_bos, x, x * beta[:, None])
+        else:
+            x = x * beta[:, None]
+    return x
+
+
+@triton.jit
+def raised(highest, s):
+    """The highest number of each row so far, the one to take from logits (0 where none was seen), and by how much it
+    stands above what was taken before."""
+    higher = tl.maximum(highest, tl.max(s, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, base, tl.where(highest == float("-inf"), 0.0, base - highest)
+
+
+@triton.jit
+def beta_of(entropy, coefficients, strength, hold_from, POWERS: tl.constexpr):
+    """`Temperature.beta` of `ropemods.attention.rows`."""
+    h = tl.minimum(entropy, hold_from)
+    value = tl.zeros_like(entropy)
+    for power in tl.static_range(POWERS):
+        value = value * h + tl.load(coefficients + power)
+    sharpened = tl.where(entropy > 0.5, tl.maximum(value, 1.0), 1.0)
+    return 1 + strength * (sharpened - 1)
