@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -82,6 +83,12 @@ def _load(
 
 
 def _class_of(config: PreTrainedConfig, hf_kwargs: dict[str, Any]) -> Any:
+    """The class that was saved: the one the checkpoint names, else what transformers makes of the config."""
+    named = (config.architectures or [None])[0]
+    if named is not None and not hasattr(config, "auto_map"):  # code beside the checkpoint may reuse a name
+        own = getattr(transformers, named, None)
+        if own is not None:
+            return own
     trust = {"trust_remote_code": hf_kwargs["trust_remote_code"]} if "trust_remote_code" in hf_kwargs else {}
     with torch.device("meta"):
         return type(AutoModelForCausalLM.from_config(copy.deepcopy(config), **trust))

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ropemods as rm
 from evals import tiny_models
+from ropemods.hooks import interface
 from tests import zoo
 from tests.contract import close
 
@@ -94,6 +95,21 @@ def test_an_attention_implementation_without_a_path_is_named() -> None:
     rm.apply(model, rm.TruncatedRoPE(0.5))  # edits tables only, so any attention will do
 
 
+def test_a_soft_cap_without_a_kernel_is_refused(monkeypatch) -> None:
+    """Some versions of transformers run such a model on sdpa and leave the cap out; others refuse to."""
+    stock = interface.stock
+
+    def without_cap(backend, layer):
+        return lambda *args, softcap=None, **kwargs: stock(backend, layer)(*args, **kwargs)
+
+    monkeypatch.setattr(interface, "stock", without_cap)
+    model = zoo.build("gemma2", "eager")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match=r"soft cap.*attn_implementation='eager'"):
+        rm.apply(model, rm.AdaptiveTemperature())
+    rm.apply(model, rm.TruncatedRoPE(0.5))
+
+
 def test_transformers_itself_keeps_soft_caps_off_sdpa() -> None:
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         zoo.build("gemma2", "sdpa")
@@ -149,7 +165,7 @@ def test_summary_says_what_is_where() -> None:
         "AdaptiveTemperature(trainable='shared') · 2 layers · strength 1 · trainable params: 5",
         "ReplacedBos(by='mean') · 2 layers · strength 0.25 · trainable params: 0",
         "LearnedSink(init=0.2, read_bos=True) · 2 layers · strength 1 · trainable params: 8",
-        "attention: sdpa, row entropy by flash · loads in stock transformers: no (reload with "
+        "attention: sdpa, kernels: flash · loads in stock transformers: no (reload with "
         "ropemods.from_pretrained) · all params: "
         f"{sum(p.numel() for p in model.parameters()):,}",
     ]

@@ -246,7 +246,7 @@ def _attend(
     backend: str, site: AttentionSite, rows: Rows, call: Call, *, training: bool
 ) -> tuple[Tensor, Tensor | None]:
     attend = eager if backend == "eager" else fused
-    if rows.temperature is not None and _weighs(rows.mask):
+    if backend != "eager" and rows.temperature is not None and _weighs(rows.mask):
         # The fused entropy knows a mask that hides keys, not one that adds to their logits.
         rows = eager.tempered(rows)
     if _observers:
@@ -267,7 +267,18 @@ def _weighs(mask: Tensor | None) -> bool:
     """Whether an additive mask does more than hide keys."""
     if mask is None or mask.dtype == torch.bool:
         return False
-    return is_compiling() or bool(((mask != 0) & (mask > HIDDEN)).any())
+    if is_compiling() or mask.is_inference():  # neither can be remembered by its version
+        return is_compiling() or _adds(mask)
+    # The answer waits for the device, so it is asked once for the mask that all layers of a pass share.
+    known: tuple[int, bool] | None = getattr(mask, "ropemods_weighs", None)
+    if known is None or known[0] != mask._version:
+        known = mask._version, _adds(mask)
+        mask.ropemods_weighs = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+def _adds(mask: Tensor) -> bool:
+    return bool(((mask != 0) & (mask > HIDDEN)).any())
 
 
 HIDDEN = -1e4

@@ -11,7 +11,9 @@ What does not hold is refused by `apply`, before anything is trained.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -124,6 +126,11 @@ def _check_call(attached: Any, module: nn.Module, asked: interface.Asked) -> Non
             f"{name} has {asked.query.shape[1]} heads, and {module.ropemods_site.heads} were found in its attributes "
             "and config; it cannot be given parameters for each head"
         )
+    if asked.backend == "sdpa" and asked.options.get("softcap") is not None:
+        raise ValueError(
+            f"{name} asks for a soft cap on its logits, and the kernels of the sdpa path have none (stock transformers "
+            "leaves it out there); load the model with attn_implementation='eager'"
+        )
     column = [mod for mod in attached.mods if mod.needs_bos and type(mod).stage is not Mod.stage]
     if column and asked.key.shape[2] != asked.query.shape[2]:
         raise ValueError(
@@ -140,7 +147,7 @@ def _check_call(attached: Any, module: nn.Module, asked: interface.Asked) -> Non
     if not error < TOLERANCE:
         raise ValueError(
             f"{name}'s own {asked.backend} attention does more than softmax(scale · q kᵀ + mask) v with the soft cap "
-            f"and sinks that ropemods knows of: the two differ by {error:.0%} on the same inputs, so modifications of "
+            f"and sinks that ropemods knows of: the two differ by {error:.1%} on the same inputs, so modifications of "
             "attention scores would change more than they say; TruncatedRoPE and ReplacedBos still work on this model"
         )
 
@@ -207,7 +214,8 @@ def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: 
     for table in rotary.tables(model):
         if _turns(table, queries):
             site.table, site.rotated = table, True
-            found = rotary.find_layout(table, queries)
+            with _uneven(module, seen.call.query.shape[-1]):
+                found = rotary.find_layout(table, queries)
             if found is not None:
                 site.layout, site.direction = found
             return
@@ -224,6 +232,23 @@ def _call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> inter
 
 def _stop(asked: interface.Asked) -> None:
     raise _Reached(asked)
+
+
+@contextlib.contextmanager
+def _uneven(module: nn.Module, width: int) -> Iterator[None]:
+    """Inside, no weight of the layer that goes over a head's channels is the same for all of them.
+
+    A norm behind the rotation then shows, also where its weights are all ones and would only be trained apart later.
+    """
+    weights = [p for p in module.parameters() if p.ndim == 1 and p.numel() == width]
+    saved = [p.detach().clone() for p in weights]
+    try:
+        for p in weights:
+            p.add_(torch.linspace(0.2, 1.0, width, dtype=p.dtype, device=p.device))
+        yield
+    finally:
+        for p, value in zip(weights, saved, strict=True):
+            p.copy_(value)
 
 
 def _turns(table: Table, queries) -> bool:

@@ -163,8 +163,8 @@ def lacking(model: PreTrainedModel) -> str | None:
             "supported"
         )
     return (
-        f"{name} has no rotary frequency table (a …RotaryEmbedding with inv_freq), so there is no RoPE to modify, and "
-        "a checkpoint could not be told from a stock one"
+        f"{name} has no rotary frequency table (a …RotaryEmbedding module with inv_freq): it has no RoPE, or computes "
+        "it by code of its own, so there is nothing to modify, and a checkpoint could not be told from a stock one"
     )
 
 

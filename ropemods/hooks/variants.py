@@ -134,6 +134,11 @@ def scaled_rope(model: PreTrainedModel) -> bool:
 def without_rope_scaling(model: PreTrainedModel) -> Iterator[None]:
     """Every rotary table is the plain ladder θ^(−k/F), unscaled, at any length."""
     saved: list[Callable[[], None]] = []
+    if any(table.own_init is not None for table in tables(model)):
+        raise ValueError(
+            f"{type(model).__name__} reads its rope scaling from the config in each pass, so a twin without it cannot "
+            "be made in place; leave the intervention 'rope_scaling' out"
+        )
     try:
         for table in tables(model):
             module: Any = table.module

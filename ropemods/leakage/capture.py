@@ -71,10 +71,20 @@ class Observer:
         self.groups_B = torch.empty(0, dtype=torch.long)
         self.narrow: set[int] = set()
         self._checked: set[int] = set()
+        self._pass: tuple[Tensor, set[int]] = self.groups_B, set()
+        """A batch, and the layers that have read it."""
 
     def __call__(self, site: AttentionSite, rows: Rows, call: Call, lse_BHT: Tensor | None) -> Tensor | None:
         layer = self.order[id(site)]
         assert lse_BHT is not None
+        if self._pass[0] is not self.groups_B:
+            self._pass = self.groups_B, set()
+        if layer in self._pass[1]:
+            raise ValueError(
+                f"leakage is not defined in attention layer {layer} of this model: it makes several attention calls in "
+                "one forward pass, and a report has one map a layer"
+            )
+        self._pass[1].add(layer)
         if layer not in self._checked:
             self._check(layer, rows)
         (B, H, T, _), step = rows.q_BHTD.shape, rows.q_BHTD.shape[0]
@@ -188,6 +198,6 @@ def losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
 
 def _home(listened: Listened, protocol: Protocol) -> torch.device | None:
     """Where sums are kept: with the layer, unless an accelerator would have to hold too much of them."""
-    heads = listened.model.config.get_text_config(decoder=True).num_attention_heads
-    size = 4 * protocol.groups * protocol.length * (protocol.window + 1) * heads * len(listened.sites)
+    heads = sum(site.heads for site in listened.sites)
+    size = 4 * protocol.groups * protocol.length * (protocol.window + 1) * heads
     return torch.device("cpu") if size > ON_DEVICE else None

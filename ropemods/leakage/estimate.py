@@ -77,6 +77,11 @@ def estimate(sums: Sums) -> Estimates:
             notes.append(f"mask: not defined in layers {without} (no rows of logits were given)")
         if len(without) == len(grams):
             continue
+        unclear = [n for n, gram in enumerate(grams) if gram is not None and gram.isnan().all()]
+        if name == "mask" and unclear:
+            notes.append(
+                f"mask: not defined in layers {unclear}: which keys a query sees differs from one sequence to another"
+            )
         x_RK = multipliers(p, p.folds()[-1] if name == "mask" else None)
         terms[name], draws[name] = _term(grams, x_RK, p, heads)
     gap = share = None

@@ -78,6 +78,7 @@ def measure(
         with _evaluating(called):
             stock_logits = forward(called, crops.tokens_NT[:2])
     with precision.in_dtype(called, wanted), listening(called) as listened:
+        _heads(listened)
         if stock_logits is not None:
             notes.append(_drift(stock_logits, called, crops.tokens_NT[:2], dtype, wanted))
         sums, found = capture(listened, crops, protocol, model=called, progress="measure" if progress else None)
@@ -161,6 +162,17 @@ def _check_fit(model: nn.Module, crops: Crops) -> None:
         )
 
 
+def _heads(listened: Listened) -> int:
+    """Query heads of every layer; a report's grids have as many for each."""
+    found = sorted({site.heads for site in listened.sites})
+    if len(found) > 1:
+        raise ValueError(
+            f"leakage is not defined for this model as a whole: its layers have {found} heads, and a report has "
+            "as many for each"
+        )
+    return found[0]
+
+
 def _length_notes(model: nn.Module, protocol: Protocol) -> list[str]:
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[union-attr]
     if context is None or protocol.length <= context:
@@ -195,7 +207,6 @@ def _drift(stock_BTV: Tensor, model: nn.Module, tokens_BT: Tensor, dtype: torch.
 
 def _model_facts(model: nn.Module, listened: Listened, dtype: torch.dtype) -> ModelFacts:
     config: Any = model.config
-    text = config.get_text_config(decoder=True)
     entry = getattr(config, "ropemods", None) or {}
     rope = entry.get("rope_parameters") or getattr(record.rope_config(config), "rope_parameters", None) or {}
     name = config._name_or_path or type(model).__name__
@@ -203,7 +214,7 @@ def _model_facts(model: nn.Module, listened: Listened, dtype: torch.dtype) -> Mo
         name=Path(name).resolve().name if Path(name).is_dir() else name,
         type=config.model_type,
         layers=len(listened.sites),
-        heads=text.num_attention_heads,
+        heads=_heads(listened),
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         attention=listened.backend,

@@ -120,7 +120,10 @@ def complaint(rows: Rows) -> str | None:
     """Why leakage is not defined on these rows; None when it is."""
     T = rows.q_BHTD.shape[2]
     if rows.k_BGSD.shape[2] != T:
-        return f"{T} queries read {rows.k_BGSD.shape[2]} keys; measure without a cache"
+        return (
+            f"{T} queries read {rows.k_BGSD.shape[2]} keys, so keys are not the tokens one by one (the model adds "
+            "keys of its own, or a cache was in use)"
+        )
     if rows.mask is None:
         return None if rows.causal else "it is not causal: without a mask every query sees every key"
     if _shown(rows.mask[..., 0, 1:]).any():

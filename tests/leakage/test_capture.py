@@ -196,3 +196,10 @@ def test_the_crops_of_one_fold_are_the_same_crops() -> None:
     flat = plain(crops)
     (batches,) = flat.folds()
     assert torch.equal(torch.cat([tokens for tokens, _ in batches]), crops.tokens_NT)
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_refused() -> None:
+    model = zoo.build()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ValueError, match="layer 0 of this model: it makes several attention calls"):
+        rm.measure(model, tokenizer(), documents(), PROTOCOL, progress=False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ropemods as rm
+from evals import tiny_models
 from ropemods.hooks.sites import attention_layers
 from ropemods.mods import AdaptiveTemperature, TruncatedRoPE, UnrotatedBos
 from tests import zoo
@@ -63,3 +64,15 @@ def test_a_model_that_changes_queries_after_rotation_is_refused(monkeypatch) -> 
     with pytest.raises(ValueError, match="in no way that is known"):
         rm.apply(model, UnrotatedBos())
     assert torch.equal(model(zoo.tokens()).logits, zoo.build("llama")(zoo.tokens()).logits)
+
+
+def test_a_norm_behind_the_rotation_is_refused_before_its_weights_are_trained_apart() -> None:
+    model = tiny_models.build("hunyuan_v1_dense")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm.weight" in name:
+                parameter.fill_(1.0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="changes queries after rotating them, as a norm with weights does"):
+        rm.apply(model, UnrotatedBos())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
