@@ -11,6 +11,9 @@ has k = v = 0 and logit 0 throughout: each head is exactly softmax-off-by-one, e
 `by="random_token"`: in training, the embedding of a token drawn anew for every sequence, so that no one fingerprint can
 be relied on; in evaluation the model's own BOS embedding stands there.
 
+A norm right behind the embedding undoes a change of scale. So by="zero" changes little on the way in a model with
+RMSNorm, and almost all of it at the last step, from any strength below 1 to 1; the other vectors turn by degrees.
+
 Strength 0 is the stock model. Nothing trains (the mean and noise vectors are fixed when the modification is applied).
 It costs nothing, and decoding is not touched: only the BOS token's input changes. All but `random_token` fold into
 the embedding row on export.
