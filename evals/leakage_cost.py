@@ -207,10 +207,17 @@ def run(scale: str, data: Path, cells: Cells) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        done = cells(
+            {
+                **{f"time {name}": partial(times, name, data, protocol) for name in names},
+                **{f"memory {name}": partial(memories, name, data) for name in names},
+                **{f"T = {length}": partial(growth, length, data) for length in protocol["lengths"]},
+            }
+        )
         return {
-            "time": cells({f"time {name}": partial(times, name, data, protocol) for name in names}),
-            "memory": cells({f"memory {name}": partial(memories, name, data) for name in names}),
-            "growth": cells({f"T = {length}": partial(growth, length, data) for length in protocol["lengths"]}),
+            "time": {name: done[f"time {name}"] for name in names},
+            "memory": {name: done[f"memory {name}"] for name in names},
+            "growth": {str(length): done[f"T = {length}"] for length in protocol["lengths"]},
         }
     finally:
         torch.set_num_threads(threads)

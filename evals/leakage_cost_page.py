@@ -36,7 +36,7 @@ def section(found: dict[str, Any]) -> str:
         "with the bootstrap / the pass",
     )
     lengths = [
-        (each.removeprefix("T = "), *(f"{taken[way] / 2**20:.0f}" for way in ("plain", "measured")))
+        (each, *(f"{taken[way] / 2**20:.0f}" for way in ("plain", "measured")))
         for each, taken in found["growth"].items()
     ]
     return "\n\n".join(
@@ -76,7 +76,7 @@ def missed(found: dict[str, Any]) -> list[str]:
 
 def _grown(found: dict[str, Any]) -> tuple[float, float]:
     lengths = found["protocol"]["lengths"]
-    taken = [found["growth"][f"T = {length}"]["measured"] for length in (lengths[0], lengths[-1])]
+    taken = [found["growth"][str(length)]["measured"] for length in (lengths[0], lengths[-1])]
     return lengths[-1] / lengths[0], taken[1] / taken[0]
 
 

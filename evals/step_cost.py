@@ -47,7 +47,7 @@ PROTOCOL = {
         "seeds": [0],
         "length": 512,
         "batch": 2,
-        "rounds": 5,
+        "rounds": 3,
         "steps": 4,
         "hidden": 256,
         "layers": 7,

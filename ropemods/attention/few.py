@@ -40,8 +40,12 @@ def attend(rows: Rows) -> tuple[Tensor, Tensor]:
     spared = rows.beta_spares_bos if rule is None else rule.spare_bos
     if bos is not None:
         dtype = bos.logit_BHT.dtype
-        is_bos, logit, weight = bos.is_bos_BS, bos.logit_BHT, bos.log_weight_BT(dtype)
-        counted = bos.closed().log_weight_BT(dtype) if spared else weight.clone()
+        is_bos, logit, weight = bos.is_bos_BS, bos.logit_BHT, bos.log_weight_BT(dtype)[:, None]
+        counted = bos.closed().log_weight_BT(dtype)[:, None] if spared else weight.clone()
+        if rows.mask is not None and rows.mask.dtype != torch.bool:
+            # What the mask adds to the BOS column; where it hides the column, `_put` sees that for itself.
+            added = _added(rows.mask).masked_fill(~is_bos[:, None, None, :], 0.0)
+            weight, counted = weight + added.sum(-1).to(dtype), counted + added.sum(-1).to(dtype)
     hold_from = None
     if rule is not None:
         coefficients, strength, hold_from = rule.coefficients_HC, rule.strength, rule.hold_from
@@ -82,6 +86,8 @@ def _attend_few(
         beta = Temperature(coefficients, strength, hold_from, spared).beta(entropy).unsqueeze(-1)
         s.mul_(beta)
         base = beta * highest
+        if mask is not None and mask.dtype != torch.bool and bool((added := _added(mask)).any()):
+            s.add_((1 - beta) * added)  # β sharpens the logits, not what the mask adds to them
     else:
         if beta is not None:
             beta = beta.unsqueeze(-1)
@@ -146,6 +152,11 @@ def _hide(s: Tensor, mask: Tensor | None) -> None:
         s.add_(mask).clamp_(min=HIDDEN)
 
 
+def _added(mask: Tensor) -> Tensor:
+    """What an additive mask adds to keys that it does not hide."""
+    return torch.where(mask > NOTHING, mask, 0.0)
+
+
 def _put(
     s: Tensor, at: Tensor | None, columns: Tensor | None, logit: Tensor | None, weight: Tensor | None,
     base: Tensor | float = 0.0,
@@ -153,7 +164,7 @@ def _put(
     """The BOS columns' logits into scores that `base` was taken from; a column that the mask hides stays hidden."""
     if at is None or columns is None or logit is None or weight is None or not len(at):
         return
-    value = (logit + weight[:, None]).to(s.dtype)
+    value = (logit + weight).to(s.dtype)
     value = value if isinstance(base, float) else value - base.squeeze(-1)
     here = s[at, :, :, columns]
     s[at, :, :, columns] = torch.where(here < 1e5 * CLOSED, HIDDEN, value[at].clamp(min=CLOSED))

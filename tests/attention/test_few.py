@@ -25,11 +25,13 @@ def widened(rows: Rows) -> Rows:
     queries=st.integers(1, few.ROWS),
     past=st.sampled_from([0, 3, 40]),
     known=st.booleans(),
+    biased=st.booleans(),
     softcap=st.sampled_from([None, 3.0]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
-def test_rows_and_denominators_equal_fp64(case, queries, past, known, softcap, dtype) -> None:
-    rows, _ = problem(case | {"queries": queries, "past": past}, dtype)
+def test_rows_and_denominators_equal_fp64(case, queries, past, known, biased, softcap, dtype) -> None:
+    mask = "biased" if biased else case["mask"]
+    rows, _ = problem(case | {"queries": queries, "past": past, "mask": mask}, dtype)
     rows = rows._replace(softcap=softcap)
     rows = eager.tempered(rows) if known else rows
     with torch.no_grad():

@@ -54,8 +54,10 @@ def problem(case: dict, dtype: torch.dtype) -> tuple[Rows, dict]:
         seen &= torch.arange(keys) > index - 3
     causal = case["mask"] == "causal" and case["past"] == 0 and queries > 1
     mask = None if causal or (case["mask"] == "causal" and queries == 1) else seen[:, None]
-    if mask is not None and case["mask"] == "additive":
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+    if mask is not None and case["mask"] in ("additive", "biased"):
+        # Biased as ALiBi is, which the oracle here does not know: finite values among those that hide.
+        values = normal(*mask.shape) if case["mask"] == "biased" else torch.zeros(mask.shape)
+        mask = values.to(dtype).masked_fill(~mask, -torch.inf)
     scale = dim**-0.5
     k_bos = k.gather(2, bos[:, None, :, None].expand(batch, groups, queries, dim))
     logit = dot_with_bos(q, k_bos, scale) * (0.5 if case["bos"] != "none" else 1.0)
