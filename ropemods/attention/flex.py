@@ -4,7 +4,8 @@ The BOS column and the soft cap are a score function, what a row may see is a bl
 sink is a factor on the output by the log-sum-exp that FlexAttention returns. A temperature costs a second call, which
 reads the mean key of each row: E = scale · ⟨q, Attn(q, k, k)⟩ and H = lse − E, as in `flash`.
 
-FlexAttention is compiled on first use. On a CPU it has a forward and no backward, so there it is for inference.
+FlexAttention is compiled on first use. For CPUs torch compiles it without the log-sum-exp and has no backward, so that
+`paths` offers it on GPUs only; uncompiled, its forward is tested everywhere.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """

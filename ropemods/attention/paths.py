@@ -3,7 +3,7 @@
 - `flash`: stock kernels throughout, the entropy from a call with the keys in the values' place (`flash`, `apart`).
 - `triton`: our fused kernels (`triton.path`), which do a whole call at once, forward and backward.
 - `triton-rows`: our row statistics for the entropy (`triton.entropy`), stock kernels for everything else.
-- `flex`: torch's FlexAttention (`flex`), compiled on first use.
+- `flex`: torch's FlexAttention (`flex`), compiled on first use; not on a CPU.
 
 The environment variable ROPEMODS_KERNEL names one for the whole process; one that cannot run there is an error that
 names those that can. Without it `flash` runs, on every machine: our kernels have been run in Triton's interpreter and
@@ -43,8 +43,9 @@ def obstacle(path: str, device: torch.device) -> str | None:
     if path == "flash":
         return None  # what its kernels cannot take depends on the call, and `flash.unsupported` says it
     if path == "flex":
-        known = device.type in ("cpu", "cuda", "xpu")
-        return None if known else f"FlexAttention does not run on device '{device.type}'"
+        if device.type == "cpu":
+            return "torch compiles FlexAttention for CPUs without the log-sum-exp"
+        return None if device.type in ("cuda", "xpu") else f"FlexAttention does not run on device {device.type!r}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get(VARIABLE) == path and os.environ.get("TRITON_INTERPRET") == "1":

@@ -5,8 +5,6 @@ On a CPU torch has its forward and no backward; on CUDA the gradients are tested
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -50,14 +48,12 @@ def test_blocks_of_causal_rows(queries: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and DEVICE == "cpu", reason="torch compiles for CPUs with g++")
+@pytest.mark.skipif(DEVICE == "cpu", reason="torch compiles it for CPUs without the log-sum-exp")
 @pytest.mark.parametrize("mask", ["causal", "padded"])
 def test_compiled_it_is_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = problem(CASE | {"mask": mask}, torch.float32)
     monkeypatch.setenv(paths.VARIABLE, "flex")
-    ours, leaves = moved(rows, torch.float32)
-    for leaf in leaves:
-        leaf.requires_grad_(False)  # a CPU has no backward
+    ours, _ = moved(rows, torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(fused.attend(ours)[0].cpu(), eager.attend(rows)[0], rtol=2e-5, atol=2e-5)
 

@@ -29,8 +29,9 @@ def test_stock_kernels_run_where_nothing_was_asked_for(monkeypatch: pytest.Monke
     ("asked", "message"),
     [
         ("Triton", "must be one of flash, triton, triton-rows, flex"),
-        ("triton", "our kernels run on CUDA.*flash and flex can run there"),
-        ("triton-rows", "our kernels run on CUDA.*flash and flex can run there"),
+        ("triton", "our kernels run on CUDA.*flash can run there"),
+        ("triton-rows", "our kernels run on CUDA.*flash can run there"),
+        ("flex", "for CPUs without the log-sum-exp; flash can run there"),
     ],
 )
 def test_what_cannot_run_is_an_error_that_names_what_can(asked, message, monkeypatch: pytest.MonkeyPatch) -> None:

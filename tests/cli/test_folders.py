@@ -74,7 +74,7 @@ def test_a_write_that_fails_leaves_what_was_there(
 
 
 STUCK = """
-import pathlib, runpy, time
+import pathlib, runpy, signal, time
 from transformers import PreTrainedModel
 
 def save_pretrained(self, folder, **kwargs):
@@ -82,6 +82,7 @@ def save_pretrained(self, folder, **kwargs):
     time.sleep(60)
 
 PreTrainedModel.save_pretrained = save_pretrained
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down its being ignored
 runpy.run_module("ropemods.cli", run_name="__main__")
 """
 """The program, with a disk so slow that a signal surely comes while it writes."""
