@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ropemods.cli.command import Command
+from ropemods.cli.results import show
 from ropemods.cli.subjects import check_writable
 from ropemods.options import REQUIRED, option
 
@@ -31,11 +32,7 @@ def run(options: Options) -> None:
     from ropemods.comparison import compare
 
     comparison = compare(options.before, options.after, allow_different_protocols=options.allow_different_protocols)
-    files = ((options.output, comparison.to_json), (options.html, comparison.to_html))
-    written = [write(path) for path, write in files if path is not None]
-    print(comparison.to_markdown())
-    for path in written:
-        print(f"wrote {path}")
+    show(comparison, output=options.output, html=options.html)
 
 
 COMMAND = Command(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ropemods.cli.command import Command
+from ropemods.cli.results import show
 from ropemods.cli.subjects import Subject, check_writable, launched, load, read
 from ropemods.leakage.protocol import Protocol
 from ropemods.options import option
@@ -90,14 +91,8 @@ def run(options: Options) -> None:
             controls=options.controls,
             command=shlex.join(["ropemods", *sys.argv[1:]]),
         )
-        if rank != 0:
-            return
-        # Files first: what reads the printed report may stop early.
-        files = ((options.output, report.to_json), (options.html, report.to_html))
-        written = [write(path) for path, write in files if path is not None]
-        print(report.to_markdown())
-        for path in written:
-            print(f"wrote {path}")
+        if rank == 0:
+            show(report, output=options.output, html=options.html)
 
 
 COMMAND = Command(
