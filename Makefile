@@ -36,7 +36,7 @@ sweep:
 	$(PYTHON) -m evals.architectures --workers $(WORKERS)
 
 evals:
-	$(PYTHON) -m evals run --scale $(SCALE) --data $(DATA)
+	$(PYTHON) -m evals run --scale $(SCALE) --data $(DATA) --workers $(WORKERS)
 	$(PYTHON) -m evals page
 
 demo:

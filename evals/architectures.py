@@ -1,6 +1,6 @@
 """Every RoPE architecture of the installed transformers, with every modification: what works, and what is refused.
 
-    python -m evals.architectures                                    all types, about ten minutes on two cores
+    python -m evals.architectures                                    all types, about four minutes on two cores
     python -m evals.architectures --types llama glm4                 some of them, printed and not written
     python -m evals.architectures --types llama glm4 --update        some of them, put into the files
     python -m evals.architectures --name architectures_floor         the table of another transformers, beside the first

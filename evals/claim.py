@@ -8,6 +8,7 @@ A program is a module `evals/<name>.py` with
     section(found) -> str                     its Markdown in evals/README.md, from "## Title" on
     learned(found) -> list[Learned]           its rows of "What we learned"
     figure(found) -> str                      optional: an SVG, which the page puts below the section
+    ALONE                                     optional: True where it times something, so nothing may run beside it
 
 `found` is what `run` returned, with the protocol, its hash, scale, seeds, versions, command and seconds beside it.
 A program cuts its work into cells (a seed of a variant, say) and hands them to `cells`. A finished cell is kept under
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evals.locks import held
 from ropemods.atomic import write_text
 from ropemods.leakage.measure import versions
 
@@ -69,36 +71,48 @@ class Learned(NamedTuple):
 
 
 class Cells:
-    """Runs the parts of a program, and keeps each that is finished."""
+    """Runs the parts of a program, and keeps each that is finished. Several processes may run one program together."""
 
     def __init__(self, folder: Path, *, say: Callable[[str], None] = print) -> None:
         self.folder, self.say, self.seconds = folder, say, 0.0
 
     def __call__(self, jobs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         """The result of each job by its name, as JSON gives it back."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        results = {}
-        for number, (name, job) in enumerate(jobs.items(), 1):
-            path = self.folder / (re.sub(r"[^\w.=-]+", "_", name) + ".json")
-            kept = path.exists()
-            if not kept:
-                begun = time.monotonic()
-                result = job()
-                seconds = round(time.monotonic() - begun, 1)
-                write_text(path, json.dumps({"cell": name, "seconds": seconds, "result": result}, allow_nan=False))
-            cell = json.loads(path.read_text())
-            if cell["cell"] != name:
-                raise ValueError(f"the cells {cell['cell']!r} and {name!r} share the file {path.name}: rename one")
-            results[name] = cell["result"]
-            self.seconds += cell["seconds"]
-            self.say(f"[{number}/{len(jobs)}] {name}: {'kept' if kept else str(cell['seconds']) + ' s'}")
-        return results
+        results: dict[str, Any] = {}
+        while len(results) < len(jobs):
+            before = len(results)
+            for name in (name for name in jobs if name not in results):
+                path = self.folder / (re.sub(r"[^\w.=-]+", "_", name) + ".json")
+                with held(path.with_suffix(".lock"), wait=False) as ours:
+                    if not ours:
+                        continue  # another process is at it
+                    told = "kept" if path.exists() else self._run(name, jobs[name], path)
+                cell = json.loads(path.read_text())
+                if cell["cell"] != name:
+                    raise ValueError(f"the cells {cell['cell']!r} and {name!r} share the file {path.name}: rename one")
+                results[name] = cell["result"]
+                self.seconds += cell["seconds"]
+                self.say(f"[{len(results)}/{len(jobs)}] {name}: {told}")
+            if len(results) == before:
+                time.sleep(1)
+        return {name: results[name] for name in jobs}
+
+    def _run(self, name: str, job: Callable[[], Any], path: Path) -> str:
+        begun = time.monotonic()
+        result = job()
+        seconds = round(time.monotonic() - begun, 1)
+        write_text(path, json.dumps({"cell": name, "seconds": seconds, "result": result}, allow_nan=False))
+        return f"{seconds} s"
 
 
 def program(name: str) -> ModuleType:
     if name not in PROGRAMS:
         raise ValueError(f"no program {name!r}; there are {', '.join(PROGRAMS)}")
     return importlib.import_module(f"evals.{name}")
+
+
+def alone(name: str) -> bool:
+    return bool(getattr(program(name), "ALONE", False))
 
 
 def protocol(module: ModuleType, scale: str) -> dict[str, Any]:

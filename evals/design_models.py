@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from evals.claim import KEPT, hash_of
+from evals.locks import held
 from evals.tight_loop import rows_of, train, training_texts
 from ropemods.atomic import write_text
 from ropemods.training.reference import Architecture, train_tokenizer
@@ -60,9 +61,10 @@ class Models:
 
     def tokenizer(self) -> Any:
         folder = self.folder / "tokenizer"
-        if not folder.is_dir():
-            texts = training_texts(self.data, self.p["documents"], self.p["seed"])
-            train_tokenizer(texts, vocab_size=self.p["shape"]["vocab_size"]).save_pretrained(folder)
+        with held(self.folder / "tokenizer.lock", wait=True):
+            if not folder.is_dir():
+                texts = training_texts(self.data, self.p["documents"], self.p["seed"])
+                train_tokenizer(texts, vocab_size=self.p["shape"]["vocab_size"]).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
     def architecture(self, name: str) -> Architecture:
@@ -70,8 +72,9 @@ class Models:
 
     def trained(self, name: str, **options: Any) -> PreTrainedModel:
         """One model, read from its folder."""
-        if not (self.folder / name / "training.json").is_file():
-            self._train(name)
+        with held(self.folder / f"{name}.lock", wait=True):
+            if not (self.folder / name / "training.json").is_file():
+                self._train(name)
         return AutoModelForCausalLM.from_pretrained(self.folder / name, **options).eval()
 
     def training(self, name: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ropemods.leakage.protocol import Protocol
 
 LENGTH, SEED = 2048, 0
 __all__ = ["PROTOCOL", "learned", "run", "section"]
+ALONE = True
 PROTOCOL = {
     "nano": {
         "seeds": [SEED],

@@ -42,6 +42,7 @@ MODS: dict[str, tuple[Mod, ...]] = {
     ),
 }
 TARGET = 1.5
+ALONE = True
 PROTOCOL = {
     "nano": {
         "seeds": [0],

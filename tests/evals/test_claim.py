@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -51,6 +53,40 @@ def test_an_interrupted_run_goes_on_where_it_stopped(program: types.ModuleType, 
     found = started(tmp_path)
     assert program.ran == [3, 4, 4]
     assert found["cells"] == {"seed 3": {"steps": 2, "seed": 3}, "seed 4": {"steps": 2, "seed": 4}}
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
+    """The other holds "a"; so "b" runs first, and "a" is read when the other has written it."""
+    ran, said = [], []
+    (tmp_path / "cells").mkdir()
+    other = claim.held(tmp_path / "cells" / "a.lock", wait=False)
+    assert other.__enter__()
+
+    def b() -> int:
+        ran.append("b")
+        (tmp_path / "cells" / "a.json").write_text(json.dumps({"cell": "a", "seconds": 2.0, "result": 7}))
+        other.__exit__(None, None, None)
+        return 8
+
+    cells = claim.Cells(tmp_path / "cells", say=said.append)
+    assert cells({"a": lambda: ran.append("a"), "b": b}) == {"a": 7, "b": 8}
+    assert ran == ["b"] and said[-1].endswith("a: kept") and cells.seconds >= 2.0
+
+
+def test_workers_share_the_cells(tmp_path: Path) -> None:
+    """Two real processes: every cell runs once, and both come to the same result."""
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom evals.claim import Cells\n"
+        "def job(n):\n    time.sleep(0.2)\n    return [n, os.getpid()]\n"
+        "found = Cells(Path(sys.argv[1]))({str(n): lambda n=n: job(n) for n in range(6)})\n"
+        "print(sorted(map(tuple, found.values())))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "cells")]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
+    assert told[0][-1] == told[1][-1] and len({pid for _, pid in ast.literal_eval(told[0][-1])}) == 2
+    ran = [line for lines in told for line in lines[:-1] if not line.endswith("kept")]
+    assert len(ran) == 6
 
 
 def test_cells_of_another_protocol_are_not_taken_up(program: types.ModuleType, tmp_path: Path) -> None:
