@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -133,10 +134,6 @@ def _checked(model: PreTrainedModel, mods: list[Mod]) -> list[tuple[str, nn.Modu
     for mod in mods:
         if not isinstance(mod, Mod):
             raise TypeError(f"expected modifications such as TruncatedRoPE(0.75), got {mod!r}")
-    kinds = [mod.kind for mod in mods]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
-            raise ValueError(f"{kind} was given {kinds.count(kind)} times; one of a kind")
     for mod in mods:
         for other in mods:
             reason = mod.conflict(other)
@@ -158,7 +155,20 @@ def _checked(model: PreTrainedModel, mods: list[Mod]) -> list[tuple[str, nn.Modu
                 f"{mod.kind} needs a BOS token and this model's config has none (bos_token_id is None); set "
                 "model.config.bos_token_id to the token your sequences begin with, and put it in front of each"
             )
+    _check_one_of_a_kind(mods, len(layers))
     return layers
+
+
+def _check_one_of_a_kind(mods: list[Mod], layer_count: int) -> None:
+    """In a layer. Twice in a model stands only what acts in its layers alone, with layers of its own each time."""
+    for n, mod in enumerate(mods):
+        for other in (other for other in mods[:n] if other.kind == mod.kind):
+            beyond = mod.layers is None or other.layers is None or mod.edits_frequencies or mod.shared_stage()
+            if beyond or any(mod.selects(i, layer_count) and other.selects(i, layer_count) for i in range(layer_count)):
+                raise ValueError(
+                    f"{mod.kind} was given twice, as {other} and as {mod}; one of a kind, or each with `layers` that "
+                    "the others do not have (and nothing that all layers share)"
+                )
 
 
 def _stages(mods: list[Mod], stage_of) -> Stages | None:
@@ -274,13 +284,7 @@ def summary(model: nn.Module) -> str:
     lines = []
     for mod in attached.mods:
         trainable = sum(
-            p.numel()
-            for module in inner.modules()
-            if isinstance(module, Stages)
-            for kind, stage in module.stages()
-            if kind == mod.kind
-            for p in stage.parameters()
-            if p.requires_grad
+            p.numel() for stage in _stages_for(mod, inner, count) for p in stage.parameters() if p.requires_grad
         )
         where = f"{count} layers" if mod.layers is None else f"layers {','.join(map(str, mod.layers))} of {count}"
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
@@ -293,6 +297,14 @@ def summary(model: nn.Module) -> str:
         f"attention: {attached.backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}"
     )
     return "\n".join(lines)
+
+
+def _stages_for(mod: Mod, model: PreTrainedModel, layer_count: int) -> Iterator[Stage]:
+    """The stages that one modification has put on, under PEFT with their copies."""
+    for module in model.modules():
+        site = site_of(module)
+        if site is None or mod.selects(site.layer, layer_count):
+            yield from (stage for kind, stage in _stages_of(module) if kind == mod.kind)
 
 
 def _attached(model: PreTrainedModel) -> Attached:

@@ -86,7 +86,7 @@ class Comparison:
         parts = [f"{self.headline.before} to {self.headline.after}"]
         for label, quantity, scope in (
             ("early residual", "residual", "early"),
-            ("held-out loss", "held_out_loss", "all"),
+            ("loss on the measured crops", "held_out_loss", "all"),
         ):
             change = self.headline.find(quantity, scope)
             if change is not None:

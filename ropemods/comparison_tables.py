@@ -1,7 +1,7 @@
 """A comparison in sentences and as Markdown tables.
 
 The sentences name the change, its interval and whether it can be told from noise, for the early
-residual, the early total and the held-out loss together: a mod that lowers the first by raising the
+residual, the early total and the loss together: a mod that lowers the first by raising the
 other two has not won.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SUBJECTS = (
     ("residual", "early", "the early residual", " nats²"),
     ("total", "early", "the early total", " nats²"),
-    ("held_out_loss", "all", "held-out loss", ""),
+    ("held_out_loss", "all", "loss on the measured crops", ""),
 )
 
 

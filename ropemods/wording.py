@@ -24,7 +24,7 @@ TERM_MEANING: Final = {
 SCOPE_NAME: Final = {"early": "early queries", "all": "all queries"}
 
 QUANTITY_NAME: Final = {
-    "held_out_loss": "held-out loss, nats per token",
+    "held_out_loss": "loss on the measured crops, nats per token",
     "share": "residual's share of residual + mask",
     "closure_gap": "closure gap, residual + mask - total, nats²",
     "bos_mass": "attention mass on BOS",

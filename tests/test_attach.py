@@ -30,6 +30,9 @@ ALL = [
         ([], {}, "nothing would change"),
         (["truncated_rope"], {}, "expected modifications such as"),
         ([rm.TruncatedRoPE(0.5), rm.TruncatedRoPE(0.2)], {}, "one of a kind"),
+        ([rm.LearnedSink(), rm.LearnedSink(layers=[1])], {}, "learned_sink was given twice"),
+        ([rm.LearnedSink(layers=[0, 1]), rm.LearnedSink(layers=[-1])], {}, "layers` that the others do not have"),
+        ([rm.TruncatedRoPE(0.5, layers=[0]), rm.TruncatedRoPE(0.2, layers=[1])], {}, "one of a kind"),
         ([rm.AdaptiveTemperature(layers=[7])], {}, "layers \\[7\\] do not exist; this model has 2"),
         ([rm.LearnedSink()], {"strength": 1.5}, "from 0 .* to 1"),
         ([rm.LearnedSink()], {"strength": True}, "from 0 .* to 1"),
@@ -133,6 +136,8 @@ def test_embeddings_without_ids_and_caches_without_history_are_refused() -> None
     past = zoo.build()(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled without ropemods"):
         model(ids[:, :1], past_key_values=past)
+    with pytest.raises(ValueError, match="an attention_mask of 12 columns, 0 tokens and no cache"):
+        model(ids[:, :0], attention_mask=torch.ones_like(ids))
 
 
 def test_the_decoder_may_be_called_on_its_own() -> None:
@@ -169,6 +174,30 @@ def test_summary_says_what_is_where() -> None:
         "ropemods.from_pretrained) · all params: "
         f"{sum(p.numel() for p in model.parameters()):,}",
     ]
+
+
+def test_one_kind_may_stand_twice_on_layers_of_its_own(tmp_path) -> None:
+    """Each layer has the form that was given for it, in memory, in the summary and after a reload."""
+    ids, mods = (
+        zoo.tokens(),
+        (rm.LearnedSink(init=0.3, layers=[0]), rm.LearnedSink(init=2.0, read_bos=True, layers=[1])),
+    )
+    model = rm.apply(zoo.build(), *mods)
+    starts = [p.tolist() for name, p in model.named_parameters() if name.endswith("logit")]
+    assert starts == [[pytest.approx(0.3)] * 4, [2.0] * 4]
+    assert [line.split("·")[1].strip() for line in rm.summary(model).splitlines()[:2]] == [
+        "layers 0 of 2",
+        "layers 1 of 2",
+    ]
+    assert all(line.endswith("trainable params: 4") for line in rm.summary(model).splitlines()[:2])
+    alone = [rm.apply(zoo.build(), mod)(ids).logits for mod in mods]
+    logits = model(ids).logits
+    assert not any(torch.equal(logits, other) for other in alone)
+    rm.set_strength(model, 0.0)
+    assert torch.equal(model(ids).logits, zoo.build()(ids).logits)
+    rm.set_strength(model, 1.0)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(rm.from_pretrained(tmp_path)(ids).logits, logits)
 
 
 def test_strength_of_one_kind_and_of_an_unknown_kind() -> None:

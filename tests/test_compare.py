@@ -263,5 +263,5 @@ def test_json_holds_every_contrast_without_replicates(tmp_path: Path) -> None:
 
 def test_str_is_one_short_line() -> None:
     text = str(compare_arms(four_arms()))
-    expected = "Comparison(control to modified; early residual -0.00570; held-out loss +0.014)"
+    expected = "Comparison(control to modified; early residual -0.00570; loss on the measured crops +0.014)"
     assert text == expected

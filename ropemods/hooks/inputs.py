@@ -119,6 +119,11 @@ def _locate(model: PreTrainedModel, given: dict[str, Any]) -> bos.Bos:
             "pass input_ids, or set the strength of the BOS modifications to 0"
         )
     mask_BT = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if mask_BT is not None and mask_BT.shape[1] != ids.shape[1]:
+        raise ValueError(
+            f"the model was called with an attention_mask of {mask_BT.shape[1]} columns, {ids.shape[1]} tokens and no "
+            "cache, so where these tokens' BOS stands is unknown; pass the cache that holds the others, or all tokens"
+        )
     found, first_BT = bos.find(ids, mask_BT, positions)
     if is_compiling():  # values cannot be looked at while a graph is traced
         return found

@@ -114,7 +114,7 @@ def _other_values(report: Report) -> str:
     loss = report.held_out_loss
     if loss is not None:
         ends = interval(math.exp(loss.low), math.exp(loss.high), decimals=1)
-        rows.append(("held-out perplexity", number(math.exp(loss.value), decimals=1), ends))
+        rows.append(("perplexity on the measured crops", number(math.exp(loss.value), decimals=1), ends))
     return markdown_table(("also", "value", "interval"), rows)
 
 

@@ -8,7 +8,8 @@ to later queries as the sink opens: its weight is 1 − strength. The BOS itself
 Closing column 0 alone leaves position 1 as the new closed trajectory: look at its mass too when you measure.
 
 `init` is a number, or "calibrated": with a calibration batch, the logit at which the sink takes, on average, the mass
-that BOS had in that head; without one, 0. Strength 0 is the stock softmax. One number a head trains.
+that BOS had in that head; without one, 0. `raised` is added to that start: a sink above what BOS had makes every row's
+denominator depend less on how many keys it has. Strength 0 is the stock softmax. One number a head trains.
 Cost: one elementwise pass over the output, and eight more channels a head where the BOS column is closed.
 """
 
@@ -33,11 +34,16 @@ class LearnedSink(Mod):
 
     init: float | Literal["calibrated"] = "calibrated"
     read_bos: bool = False
+    raised: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.init, bool) or (self.init != "calibrated" and not isinstance(self.init, int | float)):
             raise ValueError(f"learned_sink: init must be a number or 'calibrated', not {self.init!r}")
+        if isinstance(self.raised, bool) or not isinstance(self.raised, int | float):
+            raise ValueError(f"learned_sink: raised must be a number, not {self.raised!r}")
+        if self.raised and self.init != "calibrated":
+            raise ValueError("learned_sink: raised is added to a calibrated start; with a number, give the sum as init")
 
     @property
     def needs_bos(self) -> bool:
@@ -78,7 +84,7 @@ class LearnedSinkStage(Stage):
     def __init__(self, mod: LearnedSink, heads: int) -> None:
         super().__init__()
         self.mod = mod
-        start = 0.0 if mod.init == "calibrated" else float(mod.init)
+        start = mod.raised if mod.init == "calibrated" else float(mod.init)
         self.logit = nn.Parameter(torch.full((heads,), start))
 
     def forward(self, rows: Rows, call: Call) -> Rows:
@@ -104,7 +110,7 @@ class LearnedSinkStage(Stage):
         _, _, log_rest = eager.attend(rows._replace(bos=rows.bos.closed()))
         seen = later & log_rest.isfinite()
         bos_mass = -torch.expm1(torch.where(seen, log_rest - log_all, 0.0))
-        self.logit.copy_(sink_with_mass(log_rest, bos_mass, seen))
+        self.logit.copy_(sink_with_mass(log_rest, bos_mass, seen) + self.mod.raised)
 
 
 def sink_with_mass(log_rest_BHT: Tensor, mass_BHT: Tensor, seen_BHT: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Recipe:
             raise ValueError(f"arms {', '.join(modified)} need modifications; give mods, or leave these arms out")
         if self.options.text == "stationary" and "stationary" in self.options.arms:
             raise ValueError("text is stationary, so the arm 'stationary' is the control itself; leave it out of arms")
-        kinds = [mod.kind for mod in self.mods]
+        kinds = list(dict.fromkeys(mod.kind for mod in self.mods))
         moved = [kind for entry in self.schedule or ({},) for kind in ([entry["kind"]] if entry.get("kind") else kinds)]
         for kind in moved:
             if kind not in kinds:

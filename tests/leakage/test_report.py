@@ -165,8 +165,8 @@ def test_markdown_has_the_numbers_beside_their_names() -> None:
     assert row in text
     layer = report.terms["residual"].layers[3]
     assert f"| 3 | {layer.early.value:.4f} |" in text
-    assert "| held-out loss, nats per token | 3.990 |" in text
-    assert f"| held-out perplexity | {math.exp(3.99):.1f} |" in text
+    assert "| loss on the measured crops, nats per token | 3.990 |" in text
+    assert f"| perplexity on the measured crops | {math.exp(3.99):.1f} |" in text
     assert "| zero embedding | 0.00249 | -72% |" in text
     assert "| positions shifted by 5000 | 0 | 0.00170 | [0.00110, 0.00230] | FAIL |" in text
     assert f"Protocol `{report.protocol_hash}`: sequences 1024, length 512" in text

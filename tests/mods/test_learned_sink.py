@@ -52,6 +52,22 @@ def test_a_calibrated_sink_takes_the_mass_that_bos_had(backend: str) -> None:
     close(taken[0], had, 1e-5)
 
 
+def test_a_raised_start_stands_above_the_calibrated_one() -> None:
+    ids = zoo.tokens(rows=16)
+    logits = [
+        torch.stack(
+            [p for n, p in rm.apply(zoo.build(), mod, calibration=ids).named_parameters() if n.endswith("logit")]
+        )
+        for mod in (LearnedSink(), LearnedSink(raised=1.5))
+    ]
+    close(logits[1], logits[0] + 1.5, 1e-6)
+    assert logits[0].std() > 0
+    with pytest.raises(ValueError, match="give the sum as init"):
+        LearnedSink(init=1.0, raised=1.0)
+    with pytest.raises(ValueError, match="raised must be a number"):
+        LearnedSink(raised=True)
+
+
 def test_the_order_of_the_modifications_does_not_matter() -> None:
     mods = [AdaptiveTemperature(), LearnedSink(init=0.3, read_bos=True), UnrotatedBos()]
     ids = zoo.tokens()
