@@ -29,11 +29,11 @@ import torch
 from torch.nn import functional
 
 from evals.claim import Cells, Learned
-from evals.drawing import LOOKS, drawing
 from evals.intervals import ends, over_seeds, shown
 from evals.max_retrieval_model import Retriever, draw
 from ropemods.mods import AdaptiveTemperature
 from ropemods.pages.charts import Series
+from ropemods.pages.drawing import LOOKS, drawing
 
 PROTOCOL = {
     "nano": {

@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, set_seed
 
 import ropemods as rm
 from evals.claim import Cells, Learned
-from evals.drawing import LOOKS, drawing
 from evals.intervals import ends, over_seeds, shown
 from evals.tight_loop import held_out_texts, rows_of, train, training_texts
 from ropemods.mods import Mod
 from ropemods.pages.charts import Series
+from ropemods.pages.drawing import LOOKS, drawing
 from ropemods.training.reference import Architecture, train_tokenizer
 
 PROTOCOL = {

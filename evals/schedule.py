@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropemods as rm
 from evals.claim import Cells, Learned
-from evals.drawing import drawing
 from evals.tight_loop import rows_of, train
 from ropemods.leakage.documents import read_documents
 from ropemods.mods import Mod
 from ropemods.pages.charts import Series
+from ropemods.pages.drawing import drawing
 from ropemods.wording import markdown_table, number
 
 MODS: dict[str, tuple[Mod, ...]] = {

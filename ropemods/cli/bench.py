@@ -69,7 +69,7 @@ def run(options: Options) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "bench.json", json.dumps(written, indent=1) + "\n")
         write_text(folder / "bench.md", table(rows) + "\n")
-        write_text(folder / "bench.svg", plot(rows) + "\n")
+        write_text(folder / "bench.svg", plot(rows))
         print(f"wrote {folder}/bench.json, bench.md and bench.svg")
     if options.page is not None:
         page = Path(options.page)

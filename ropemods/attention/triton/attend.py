@@ -54,7 +54,7 @@ def attend(
     """`beta_BHT` is a temperature that is known; `rule` one that is read off the entropy. Gradients reach q, k, v, the
     logits of the column, the sink, β and the coefficients. `parts` splits the keys: 1 never does, None chooses.
     """
-    launch.check(q_BHTD, k_BGSD, v_BGSD, spans, mask)
+    launch.check("the triton kernels", q_BHTD, k_BGSD, v_BGSD, spans, mask)
     batch, heads, queries, head_dim = q_BHTD.shape
     keys = k_BGSD.shape[2]
     if mask is not None:

@@ -1,8 +1,8 @@
 """One kernel for a whole attention call forward: temperature, BOS column and sink in the pass that reads the values.
 
 With a temperature that reads the entropy, a program goes over its keys twice. The first time it needs the queries and
-keys alone (`statistics_step`), and then knows lse, H and β of its rows. The second time, with logits x, biases c (the
-mask, the BOS weight) and the highest tempered logit m so far,
+keys alone (`row_kernels.statistics_step`), and then knows lse, H and β of its rows. The second time, with logits x,
+biases c (the mask, the BOS weight) and the highest tempered logit m so far,
 
     w_j = e^(β x_j + c_j − m)      l = Σ w_j      o = Σ w_j v_j
 
@@ -21,37 +21,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ropemods.attention.triton.row_kernels import statistics_end, statistics_step
 from ropemods.attention.triton.tiles import (
     beta_of,
     logits,
     narrowed,
     product,
     raised,
+    rows_from,
     store_tile,
     tile,
     weighed,
     with_beta,
 )
-
-
-@triton.jit
-def statistics_step(s, highest, total, moment):
-    """Σ e^(s − m) and Σ (s − m) e^(s − m) with the logits of one more tile."""
-    highest, base, rise = raised(highest, s)
-    shrink = tl.exp(-rise)
-    weight = tl.exp(s - base[:, None])
-    moment = shrink * (moment - rise * total) + tl.sum(tl.where(weight > 0, weight * (s - base[:, None]), 0.0), 1)
-    total = shrink * total + tl.sum(weight, 1)
-    return highest, total, moment
-
-
-@triton.jit
-def statistics_end(highest, total, moment):
-    """lse and H; -inf and 0 for a row that saw nothing."""
-    empty = total == 0
-    divisor = tl.where(empty, 1.0, total)
-    log_total = tl.log(divisor)
-    return tl.where(empty, float("-inf"), highest + log_total), log_total - moment / divisor
 
 
 @triton.jit
@@ -122,10 +104,7 @@ def attend_kernel(
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < queries
-    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
-    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    row, inside, begin, end = rows_from(tl.program_id(0) * ROWS, first, past, batch * span_batch, queries, ROWS)
     q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
     k_base = k + batch * k_batch + (head // repeats) * k_head
     v_base = v + batch * v_batch + (head // repeats) * v_head

@@ -14,13 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropemods.attention.triton.attend_kernels import (
-    statistics_end,
-    statistics_step,
-    values_end,
-    values_start,
-    values_step,
-)
+from ropemods.attention.triton.attend_kernels import values_end, values_start, values_step
+from ropemods.attention.triton.row_kernels import statistics_end, statistics_step
 from ropemods.attention.triton.tiles import admitted, beta_of, logits, narrowed, tile, weighed, with_beta
 
 

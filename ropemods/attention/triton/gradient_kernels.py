@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropemods.attention.triton.tiles import logits, narrowed, product, store_tile, tile, weighed, with_beta
+from ropemods.attention.triton.tiles import (
+    logits,
+    narrowed,
+    product,
+    rows_from,
+    store_tile,
+    tile,
+    weighed,
+    with_beta,
+)
 
 
 @triton.jit
@@ -56,10 +65,7 @@ def query_gradients_kernel(
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < queries
-    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
-    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    row, inside, begin, end = rows_from(tl.program_id(0) * ROWS, first, past, batch * span_batch, queries, ROWS)
     at = tl.program_id(1).to(tl.int64) * queries + row
     here = batch * queries + row
     q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
@@ -123,10 +129,7 @@ def key_gradients_kernel(
     key_sum = tl.zeros((KEYS, DIM), tl.float32)
     value_sum = tl.zeros((KEYS, VDIM), tl.float32)
     for begin_row in range(0, queries, ROWS):
-        row = begin_row + tl.arange(0, ROWS)
-        inside = row < queries
-        begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
-        end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+        row, inside, begin, end = rows_from(begin_row, first, past, batch * span_batch, queries, ROWS)
         # Most blocks of queries are too early, or too far behind, to see these keys.
         if (tl.max(end) > start) & (tl.min(tl.where(end > begin, begin, keys)) < start + KEYS):
             here = batch * queries + row

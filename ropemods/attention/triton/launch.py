@@ -113,18 +113,18 @@ def parts(q: Tensor, k: Tensor) -> int:
     return max(1, min(PROGRAMS // (batch * groups), keys // 128, 32))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor | None) -> None:
+def check(what: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor | None) -> None:
+    """Refuse what the kernels cannot take; `what` takes it not. Those without values are given the keys for them."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        given = ", ".join(str(x.dtype) for x in (q, k, v))
         raise ValueError(
-            f"the triton kernels take queries, keys and values of one dtype out of {known}, not {q.dtype}, {k.dtype} "
-            f"and {v.dtype}; ROPEMODS_KERNEL=flash and attn_implementation='eager' take others"
+            f"{what} take queries, keys and values of one dtype out of {known}, not {given}; ROPEMODS_KERNEL=flash and "
+            "attn_implementation='eager' take others"
         )
-    if max(q.shape[3], v.shape[3]) > WIDEST:
-        raise ValueError(
-            f"the triton kernels take head dims to {WIDEST}, not {max(q.shape[3], v.shape[3])}; "
-            "attn_implementation='eager' takes any"
-        )
+    widest = max(q.shape[3], v.shape[3])
+    if widest > WIDEST:
+        raise ValueError(f"{what} take head dims to {WIDEST}, not {widest}; attn_implementation='eager' takes any")
     batch, heads, queries, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim or heads % k.shape[1] or v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -138,7 +138,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor | None) ->
                 f"{tuple(span.shape)}"
             )
     if mask is not None and mask.requires_grad:
-        raise ValueError("the triton kernels give the mask no gradient; attn_implementation='eager' does")
+        raise ValueError(f"{what} give the mask no gradient; attn_implementation='eager' does")
 
 
 def forward(

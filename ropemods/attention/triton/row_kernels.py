@@ -20,38 +20,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropemods.attention.triton.tiles import product, tile
+from ropemods.attention.triton.tiles import logits, product, raised, rows_from, tile
+
+
+@triton.jit
+def statistics_step(s, highest, total, moment):
+    """Σ e^(s − m) and Σ (s − m) e^(s − m) with the logits of one more tile."""
+    highest, base, rise = raised(highest, s)
+    shrink = tl.exp(-rise)
+    weight = tl.exp(s - base[:, None])
+    moment = shrink * (moment - rise * total) + tl.sum(tl.where(weight > 0, weight * (s - base[:, None]), 0.0), 1)
+    total = shrink * total + tl.sum(weight, 1)
+    return highest, total, moment
+
+
+@triton.jit
+def statistics_end(highest, total, moment):
+    """lse and H; -inf and 0 for a row that saw nothing."""
+    empty = total == 0
+    divisor = tl.where(empty, 1.0, total)
+    log_total = tl.log(divisor)
+    return tl.where(empty, float("-inf"), highest + log_total), log_total - moment / divisor
 
 
 @triton.jit
 def _scores(
-    q, k, row, key, first, past, mask, stride_mask_row, stride_mask_key,
+    q, k, row, key, begin, end, mask, mask_row, mask_key,
     queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Logits (ROWS, KEYS) in fp32, with the mask, -inf where a key is not seen; and as the cap left them."""
-    logits = product(q, tl.trans(k)) * scale
-    if CAPPED:
-        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
-    s = logits
-    seen = (key[None, :] >= first[:, None]) & (key[None, :] < past[:, None])
-    if MASK != 0:
-        inside = (row[:, None] < queries) & (key[None, :] < keys)
-        where = mask + row[:, None] * stride_mask_row + key[None, :] * stride_mask_key
-        if MASK == 1:
-            seen = seen & (tl.load(where, mask=inside, other=0) != 0)
-        else:
-            s = s + tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(seen, s, float("-inf")), logits
+    """Logits (ROWS, KEYS) with the mask, -inf where a key is not seen; and as the cap left them."""
+    x, bias, seen, _ = logits(
+        q, k, row, key, begin, end, mask, mask_row, mask_key, mask, begin,
+        queries, keys, scale, cap, MASK, CAPPED, False,
+    )  # fmt: skip
+    return tl.where(seen, x + bias, float("-inf")), x
 
 
 @triton.jit
-def _score_gradients(s, logits, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr):
+def _score_gradients(s, capped, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr):
     """The gradients of q · k."""
     seen = s != float("-inf")
     log_p = tl.where(seen, s - lse[:, None], 0.0)
     ds = tl.exp(log_p) * (d_lse[:, None] - d_entropy[:, None] * (log_p + entropy[:, None]))
     if CAPPED:
-        ds = ds * (1 - (logits / cap) * (logits / cap))
+        ds = ds * (1 - (capped / cap) * (capped / cap))
     return tl.where(seen, ds * scale, 0.0)
 
 
@@ -65,10 +77,7 @@ def statistics_kernel(
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < queries
-    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
-    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    row, inside, begin, end = rows_from(tl.program_id(0) * ROWS, first, past, batch * span_batch, queries, ROWS)
     q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
     k_base = k + batch * k_batch + (head // repeats) * k_head
     mask_base = mask + batch * mask_batch + head * mask_head
@@ -84,22 +93,12 @@ def statistics_kernel(
             q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
             queries, keys, scale, cap, MASK, CAPPED,
         )  # fmt: skip
-        higher = tl.maximum(highest, tl.max(s, 1))
-        # A row that has seen nothing yet stands at -inf, and nothing is to be taken from it.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        drop = tl.where(highest == float("-inf"), 0.0, base - highest)
-        shrink = tl.exp(-drop)
-        weight = tl.exp(s - base[:, None])
-        moment = shrink * (moment - drop * total) + tl.sum(tl.where(weight > 0, weight * (s - base[:, None]), 0.0), 1)
-        total = shrink * total + tl.sum(weight, 1)
-        highest = higher
+        highest, total, moment = statistics_step(s, highest, total, moment)
 
-    empty = total == 0
-    divisor = tl.where(empty, 1.0, total)
-    log_total = tl.log(divisor)
     at = tl.program_id(1).to(tl.int64) * queries + row
-    tl.store(lse + at, tl.where(empty, float("-inf"), highest + log_total), mask=inside)
-    tl.store(entropy + at, log_total - moment / divisor, mask=inside)
+    row_lse, row_entropy = statistics_end(highest, total, moment)
+    tl.store(lse + at, row_lse, mask=inside)
+    tl.store(entropy + at, row_entropy, mask=inside)
 
 
 @triton.jit
@@ -112,10 +111,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < queries
-    begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
-    end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+    row, inside, begin, end = rows_from(tl.program_id(0) * ROWS, first, past, batch * span_batch, queries, ROWS)
     q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
     k_base = k + batch * k_batch + (head // repeats) * k_head
     mask_base = mask + batch * mask_batch + head * mask_head
@@ -130,11 +126,11 @@ def query_gradient_kernel(
     for start in range(low, tl.max(end), KEYS):
         key = start + tl.arange(0, KEYS)
         k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
-        s, logits = _scores(
+        s, x = _scores(
             q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
             queries, keys, scale, cap, MASK, CAPPED,
         )  # fmt: skip
-        ds = _score_gradients(s, logits, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED)
+        ds = _score_gradients(s, x, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED)
         gathered += product(ds.to(k_tile.dtype), k_tile)
 
     channel = tl.arange(0, DIM)
@@ -159,23 +155,20 @@ def key_gradient_kernel(
 
     gathered = tl.zeros((KEYS, DIM), tl.float32)
     for begin_row in range(0, queries, ROWS):
-        row = begin_row + tl.arange(0, ROWS)
-        inside = row < queries
-        begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
-        end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
+        row, inside, begin, end = rows_from(begin_row, first, past, batch * span_batch, queries, ROWS)
         # Most blocks of queries are too early, or too far behind, to see these keys.
         if (tl.max(end) > start) & (tl.min(tl.where(end > begin, begin, keys)) < start + KEYS):
             for head in range(group * repeats, (group + 1) * repeats):
                 q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
                 mask_base = mask + batch * mask_batch + head * mask_head
                 at = (batch * heads + head) * queries + row
-                s, logits = _scores(
+                s, x = _scores(
                     q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
                     queries, keys, scale, cap, MASK, CAPPED,
                 )  # fmt: skip
                 ds = _score_gradients(
                     s,
-                    logits,
+                    x,
                     tl.load(lse + at, mask=inside, other=0.0),
                     tl.load(entropy + at, mask=inside, other=0.0),
                     tl.load(d_lse + at, mask=inside, other=0.0),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ropemods.attention.triton import row_kernels, tiles
-from ropemods.attention.triton.launch import DTYPES, WIDEST, Blocks, padded
+from ropemods.attention.triton.launch import Blocks, check, padded
 from ropemods.attention.triton.spans import Spans
 
 
@@ -41,36 +41,12 @@ def row_stats(
     `mask` hides keys within the spans (boolean) or is added to the logits; it broadcasts to (B, H, T, S). A row that
     sees nothing has lse −inf and H 0.
     """
-    _check(q_BHTD, k_BGSD, spans, mask)
+    check("row statistics", q_BHTD, k_BGSD, k_BGSD, spans, mask)
     batch, heads, queries, head_dim = q_BHTD.shape
     if mask is not None:
         mask = mask.expand(batch, heads, queries, k_BGSD.shape[2])
     rows, keys = default_blocks(head_dim, q_BHTD.dtype) if blocks is None else blocks
     return _row_stats(q_BHTD, k_BGSD, *spans, mask, scale, softcap or 0.0, rows, keys)
-
-
-def _check(q: Tensor, k: Tensor, spans: Spans, mask: Tensor | None) -> None:
-    if q.dtype not in DTYPES or k.dtype != q.dtype:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(
-            f"row_stats takes queries and keys of one dtype out of {known}, not {q.dtype} and {k.dtype}; "
-            "attn_implementation='eager' takes any"
-        )
-    if q.shape[-1] > WIDEST:
-        raise ValueError(
-            f"row_stats takes head dims to {WIDEST}, not {q.shape[-1]}; attn_implementation='eager' takes any"
-        )
-    batch, heads, queries, head_dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != head_dim or heads % k.shape[1]:
-        raise ValueError(f"queries of shape {tuple(q.shape)} cannot read keys of shape {tuple(k.shape)}")
-    for span in spans:
-        if span.dtype != torch.int32 or span.shape not in ((batch, queries), (1, queries)):
-            raise ValueError(
-                f"spans must be int32 of shape ({batch}, {queries}) or (1, {queries}), not {span.dtype} of "
-                f"{tuple(span.shape)}"
-            )
-    if mask is not None and mask.requires_grad:
-        raise ValueError("row_stats gives the mask no gradient; attn_implementation='eager' does")
 
 
 def _launch(

@@ -41,6 +41,16 @@ def tile(pointer, at, size, head_dim, stride_row, stride_dim, DIM: tl.constexpr)
 
 
 @triton.jit
+def rows_from(start, first, past, spans, queries, ROWS: tl.constexpr):
+    """ROWS queries from `start` on: which, whether they are there, and the keys that each may see, from and to."""
+    row = start + tl.arange(0, ROWS)
+    inside = row < queries
+    begin = tl.load(first + spans + row, mask=inside, other=0)
+    end = tl.load(past + spans + row, mask=inside, other=0)
+    return row, inside, begin, end
+
+
+@triton.jit
 def store_tile(pointer, value, at, inside, head_dim, DIM: tl.constexpr):
     """The counterpart of `tile` for a contiguous matrix; `at` counts its rows from the pointer on."""
     channel = tl.arange(0, DIM)

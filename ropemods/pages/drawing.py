@@ -1,4 +1,4 @@
-"""Line charts of results as SVG files: panels below one another, one legend, colours of light and dark."""
+"""Line charts as one SVG file: panels below one another, one legend, colours of light and dark."""
 
 from __future__ import annotations
 
