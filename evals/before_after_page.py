@@ -128,7 +128,7 @@ def _row(name: str, row: Mapping[str, Any], verdict: Mapping[str, str] | None) -
         name,
         str(row.get("seeds", 1)),
         f"{residual:.4f} [{low:.4f}, {high:.4f}]",
-        percent(row.get("residual_change")),
+        percent(row.get("residual_change"), 1),  # so that what is just short of a bound does not look as if it met it
         f"{row['total'][0]:.3f}",
         percent(row.get("total_change")),
         percent(row.get("mask_change")),
@@ -166,6 +166,10 @@ def section(found: dict[str, Any]) -> str:
     lines += [_row(f"{name}, untrained", row, None) for name, row in found["untrained"].items()]
     lines += [_row(name, row, found["reached"].get(name)) for name, row in found["arms"].items()]
     lines += ["", *(f"- {name}: {', '.join(row['mods'])}" for name, row in found["arms"].items() if row["mods"])]
+    lines += [
+        "",
+        "; ".join(f'the search\'s pick for "{rule}": {pick or "none"}' for rule, pick in found["chosen"].items()),
+    ]
     lines += [
         "",
         "The search, on other documents: every candidate untrained, and some after a short fine-tune "
@@ -227,11 +231,24 @@ def _why(found: dict[str, Any]) -> list[str]:
     return said
 
 
+def headline(found: dict[str, Any]) -> str:
+    """The chosen arm in one sentence, for the project's README."""
+    p, row = found["protocol"], found["arms"]["chosen"]
+    value, low, high = (-100 * x for x in row["residual_change"])
+    mods, tokens = " and ".join(f"`{mod}`" for mod in row["mods"]), p["steps"] * p["batch"] * p["length"]
+    return (
+        f"On {p['model']} ({tokens:,} tokens of fine-tuning, {row['seeds']} seeds) {mods} "
+        f"took away {value:.1f}% [{high:.0f}, {low:.0f}] of the early residual, changed the early total by "
+        f"{row['total_change'][0]:+.0%}, and cost {row['loss_change'][0]:+.2%} of loss, all against the same fine-tune "
+        "without it."
+    )
+
+
 def learned(found: dict[str, Any]) -> list[Learned]:
     p = found["protocol"]
     limits = f"{p['model']} (3M parameters), {p['steps'] * p['batch'] * p['length']:,} tokens, seeds: "
     rows = []
-    for name in ("ReplacedBos zero", "chosen", "chosen, total", "stationary"):
+    for name in ("ReplacedBos zero", "chosen", "goal", "stationary"):
         row = found["arms"].get(name)
         if row is None:
             continue
@@ -242,7 +259,7 @@ def learned(found: dict[str, Any]) -> list[Learned]:
         rows.append(
             Learned(
                 f"Before and after: {mods}, against the control fine-tune",
-                f"early residual {change[0]:+.0%}, total {total[0]:+.0%}, loss {loss[0]:+.2%}",
+                f"early residual {change[0]:+.1%}, total {total[0]:+.0%}, loss {loss[0]:+.2%}",
                 f"residual [{change[1]:+.0%}, {change[2]:+.0%}], loss [{loss[1]:+.2%}, {loss[2]:+.2%}]",
                 f"2606.06160: {theirs}; our milestone: {verdict['milestone']}, goal: {verdict['goal']}",
                 f"{limits}{row['seeds']}",

@@ -25,8 +25,6 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "NTK": {"rope": "ntk"},
     "llama3": {"rope": "llama3"},
     "window": {"rope": "window", "window": 32},
-    "p-RoPE": {"rope": "p-rope", "keep": 0.75},
-    "NoPE": {"rope": "nope"},
 }
 TRAINING: dict[str, dict[str, Any]] = {
     "nano": {
@@ -41,10 +39,10 @@ TRAINING: dict[str, dict[str, Any]] = {
         "designs": DESIGNS,
         "length": 128,
         "batch": 16,
-        "steps": 300,
+        "steps": 2000,
         "learning_rate": 3e-3,
-        "warmup": 40,
-        "documents": 600,
+        "warmup": 100,
+        "documents": 1500,
         "seed": 0,
         "text": "stationary",
     }

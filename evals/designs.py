@@ -9,8 +9,8 @@
 5. the sink hangs on the token: position 0 is one fixed state wherever BOS stands there, and another token there gets
    another state and less attention.
 
-**Protocol.** Six small models (`design_models.py`), one seed, equal in all but the design. Measured on held-out crops,
-the same for all, so differences are paired. Swaps are read against 32 random tokens at position 0. Twins are the same
+**Protocol.** Four small models (`design_models.py`), one seed, equal in all but the design. Measured on held-out crops,
+the same for all, so differences are paired. Swaps are read against 16 random tokens at position 0. Twins are the same
 weights with the window or the rope scaling off; NTK scaling as it is trained here is only another θ and has no twin.
 Growth with depth is the early residual of the last two layers less that of layers 1 and 2. The sink is read at queries
 8 to 31, which every window sees whole, and compared with what attention spread evenly would give.
@@ -46,8 +46,8 @@ PROTOCOL = {
         "seeds": [0],
         "training": TRAINING["nano"],
         "crops": 768,
-        "swap_crops": 192,
-        "reference": 32,
+        "swap_crops": 768,
+        "reference": 16,
         "anchor_crops": 64,
         "anchor_queries": [8, 32],
     }

@@ -40,7 +40,7 @@ PROTOCOL = {
         "seeds": list(range(10)),
         "seeds_at_once": 5,
         "seeds_of_four_heads": 5,
-        "steps": 2000,
+        "steps": 3000,
         "batch": 128,
         "train_sizes": [5, 16],
         "width": 128,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evals import claim, page
+from evals import before_after_page, claim, page
 
 EVALS = Path(claim.__file__).parent
 RECORDS = [(scale, name) for scale, some in page.records().items() for name in some]
@@ -55,6 +55,11 @@ def test_a_result_is_of_the_protocol_that_stands_in_its_program(scale: str, name
     assert claim.protocol(claim.program(name), scale) == page.records()[scale][name]["protocol"], (
         f"the protocol was changed after the run: run `python -m evals run {name} --scale {scale}` again"
     )
+
+
+def test_the_readme_says_what_was_found() -> None:
+    readme = " ".join((EVALS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert before_after_page.headline(page.records()["nano"]["before_after"]) in readme
 
 
 def test_what_was_not_run_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evals import before_after, claim, design_models, designs, dose, page, usage
+from evals import before_after, before_after_arms, claim, design_models, designs, dose, page, usage
 from ropemods.training.reference import train_tokenizer
 
 WORDS = [a + b for a in "kamo telu sira no ven dor".split() for b in ("", "ta", "rin", "os", "el", "um", "i", "ash")]
@@ -72,15 +72,24 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(usage.PROTOCOL, "tiny", usage.PROTOCOL["nano"] | {"designs": training, "crops": 32})
     curve = {"strengths": [0.0, 0.5, 1.0], "length": 128, "crops": 32, "calibration_crops": 8}
     monkeypatch.setitem(dose.PROTOCOL, "tiny", dose.PROTOCOL["nano"] | curve)
-    search = before_after.PROTOCOL["nano"]["search"] | {"crops": 32, "steps": 1, "schedule_steps": 1, "loss": 0.5}
+    search = before_after.PROTOCOL["nano"]["search"] | {
+        "crops": 32,
+        "steps": 1,
+        "schedule_steps": 1,
+        "loss": 0.5,
+        "goal_loss": 0.5,
+    }
     arms = {"length": 128, "batch": 2, "steps": 2, "schedule_steps": 1, "documents": 24, "crops": 32, "search": search}
     arms |= {"seeds": [0, 1], "long": {"length": 256, "crops": 32}}
     monkeypatch.setitem(before_after.PROTOCOL, "tiny", before_after.PROTOCOL["nano"] | arms)
     few = ("LearnedSink", "LearnedSink init 4", "zero", "random token")
-    monkeypatch.setattr(before_after, "CANDIDATES", {name: before_after.CANDIDATES[name] for name in few})
-    some = ("control", "chosen", "stationary", "chosen, total", "all five", "chosen, hard", "control, LoRA")
-    some += ("chosen, LoRA",)
-    monkeypatch.setattr(before_after, "PLANS", {name: before_after.PLANS[name] for name in some})
+    candidates = {name: before_after_arms.CANDIDATES[name] for name in few}
+    some = ("control", "chosen", "stationary", "goal", "all five", "goal, hard", "control, LoRA", "goal, LoRA")
+    some += ("UnrotatedBos + LearnedSink",)
+    plans = {name: before_after_arms.PLANS[name] for name in some}
+    for module in (before_after, before_after_arms):
+        monkeypatch.setattr(module, "CANDIDATES", candidates)
+        monkeypatch.setattr(module, "PLANS", plans)
 
 
 @pytest.mark.slow

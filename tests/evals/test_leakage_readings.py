@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evals import before_after, before_after_page, designs_page, dose, usage
+import ropemods as rm
+from evals import before_after_arms, before_after_page, designs_page, dose, usage
 from evals.measured import mean, ratio
 from evals.tight_loop import rows_of, train
 from ropemods.mods.base import Layout
 from ropemods.training.reference import train_tokenizer
+from tests import zoo
 
 
 def quantity(value: float, seed: int, *, spread: float = 0.1) -> dict[str, Any]:
@@ -85,18 +87,26 @@ def test_the_search_chooses_within_its_bounds() -> None:
         "lower total": numbers(0.3, 0.9, 4.0),
         "worse in both": numbers(0.9, 0.95, 4.0),
     }
-    p = {"tune": 1, "untrained_loss": 0.005, "loss": 0.005}
-    assert before_after.choose({}, found, p) == ["low, higher total", "lower total"]
-    tuned = before_after.choose(found, None, p)
-    assert tuned[:3] == ["low, higher total", "lower total", "worse in both"] and "too dear" not in tuned
+    p = {"tune": [1, 2], "untrained_loss": 0.005, "loss": 0.005, "goal_loss": 0.002}
+    assert before_after_arms.to_tune(found, p)[:3] == ["low, higher total", "lower total", "worse in both"]
+    assert "too dear" not in before_after_arms.to_tune(found, p)
+    assert before_after_arms.choose(found, p) == {"chosen": "low, higher total", "goal": "lower total"}
+    dearer = found | {"lower total": numbers(0.3, 0.9, 4.012), "worse in both": numbers(0.9, 1.1, 4.0)}
+    assert before_after_arms.choose(dearer, p) == {"chosen": "low, higher total", "goal": None}
 
 
 def test_an_arm_that_would_be_there_twice_is_left_out() -> None:
-    plans = before_after.planned({"chosen": "LearnedSink", "chosen, total": None})
-    assert "LearnedSink" not in plans and "chosen, total" not in plans
-    assert plans["chosen"].mods == before_after.CANDIDATES["LearnedSink"]
-    other = before_after.planned({"chosen": "zero", "chosen, total": "LearnedSink init 4"})
-    assert "LearnedSink" in other and other["chosen, hard"].mods == before_after.CANDIDATES["zero"]
+    plans = before_after_arms.planned({"chosen": "LearnedSink", "goal": None})
+    assert "LearnedSink" not in plans and "goal" not in plans and "goal, hard" not in plans
+    assert plans["chosen"].mods == before_after_arms.CANDIDATES["LearnedSink"]
+    other = before_after_arms.planned({"chosen": "zero", "goal": "LearnedSink init 4"})
+    assert "LearnedSink" in other and other["goal, hard"].mods == before_after_arms.CANDIDATES["LearnedSink init 4"]
+
+
+def test_every_pair_can_be_put_on() -> None:
+    assert len(before_after_arms.PAIRS) == 10
+    for mods in before_after_arms.PAIRS.values():
+        assert rm.summary(rm.apply(zoo.build("llama"), *mods)).count("·") >= 6
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:
