@@ -20,6 +20,24 @@ from ropemods.attention.triton.tiles import admitted, beta_of, logits, narrowed,
 
 
 @triton.jit
+def _lanes(heads, repeats, queries, ROWS: tl.constexpr):
+    """The batch row and key/value head of this program; head and query of each lane, and whether it has one."""
+    groups = heads // repeats
+    batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
+    batch, group = batch.to(tl.int64), group.to(tl.int64)
+    lane = tl.arange(0, ROWS)
+    return batch, group, group * repeats + lane // queries, lane % queries, lane < repeats * queries
+
+
+@triton.jit
+def _queries(q, head, row, inside, head_dim, q_head, q_row, q_dim, DIM: tl.constexpr):
+    """A tile of queries of several heads."""
+    channel = tl.arange(0, DIM)
+    where = q + head[:, None] * q_head + row[:, None] * q_row + channel[None, :] * q_dim
+    return tl.load(where, mask=inside[:, None] & (channel[None, :] < head_dim), other=0.0)
+
+
+@triton.jit
 def split_scores_kernel(
     q, k, first, past, mask, is_bos, bos_logit, bos_counted, scores, part_highest, part_total, part_moment,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
@@ -28,21 +46,11 @@ def split_scores_kernel(
     DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
     BOS: tl.constexpr,
 ):  # fmt: skip
-    groups = heads // repeats
-    batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
-    batch, group = batch.to(tl.int64), group.to(tl.int64)
-    lane = tl.arange(0, ROWS)
-    inside = lane < repeats * queries
-    head, row = group * repeats + lane // queries, lane % queries
+    batch, group, head, row, inside = _lanes(heads, repeats, queries, ROWS)
     begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
     end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
     at = (batch * heads + head) * queries + row
-    channel = tl.arange(0, DIM)
-    q_tile = tl.load(
-        q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + channel[None, :] * q_dim,
-        mask=inside[:, None] & (channel[None, :] < head_dim),
-        other=0.0,
-    )
+    q_tile = _queries(q + batch * q_batch, head, row, inside, head_dim, q_head, q_row, q_dim, DIM)
     row_bos = tl.zeros((ROWS,), tl.float32)
     counted = row_bos
     if BOS:
@@ -85,12 +93,7 @@ def split_values_kernel(
     CAPPED: tl.constexpr, BOS: tl.constexpr, SPARED: tl.constexpr, BETA: tl.constexpr, POWERS: tl.constexpr,
     KEEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    groups = heads // repeats
-    batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
-    batch, group = batch.to(tl.int64), group.to(tl.int64)
-    lane = tl.arange(0, ROWS)
-    inside = lane < repeats * queries
-    head, row = group * repeats + lane // queries, lane % queries
+    batch, group, head, row, inside = _lanes(heads, repeats, queries, ROWS)
     begin = tl.load(first + batch * span_batch + row, mask=inside, other=0)
     end = tl.load(past + batch * span_batch + row, mask=inside, other=0)
     at = (batch * heads + head) * queries + row
@@ -124,12 +127,7 @@ def split_values_kernel(
             tl.store(entropy + at, row_entropy, mask=inside)
             tl.store(beta + at, row_beta, mask=inside)
     else:
-        channel = tl.arange(0, DIM)
-        q_tile = tl.load(
-            q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + channel[None, :] * q_dim,
-            mask=inside[:, None] & (channel[None, :] < head_dim),
-            other=0.0,
-        )
+        q_tile = _queries(q + batch * q_batch, head, row, inside, head_dim, q_head, q_row, q_dim, DIM)
 
     state = values_start(ROWS, VDIM, KEEP)
     # Parts are whole tiles; tiles before the first key that is seen, and behind the last, are passed over.

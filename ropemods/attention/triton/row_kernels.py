@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropemods.attention.triton.tiles import logits, product, raised, rows_from, tile
+from ropemods.attention.triton.tiles import logits, product, raised, rows_from, store_tile, tile
 
 
 @triton.jit
@@ -133,9 +133,7 @@ def query_gradient_kernel(
         ds = _score_gradients(s, x, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED)
         gathered += product(ds.to(k_tile.dtype), k_tile)
 
-    channel = tl.arange(0, DIM)
-    where = dq + at[:, None] * head_dim + channel[None, :]
-    tl.store(where, gathered.to(dq.dtype.element_ty), mask=inside[:, None] & (channel[None, :] < head_dim))
+    store_tile(dq, gathered, at, inside, head_dim, DIM)
 
 
 @triton.jit
@@ -179,7 +177,5 @@ def key_gradient_kernel(
                 )
                 gathered += product(tl.trans(ds).to(q_tile.dtype), q_tile)
 
-    channel = tl.arange(0, DIM)
     at = tl.program_id(1).to(tl.int64) * keys + key
-    where = dk + at[:, None] * head_dim + channel[None, :]
-    tl.store(where, gathered.to(dk.dtype.element_ty), mask=(key < keys)[:, None] & (channel[None, :] < head_dim))
+    store_tile(dk, gathered, at, key < keys, head_dim, DIM)
