@@ -3,9 +3,10 @@
     python -m evals gpu --minutes 8 --out FOLDER          what is not in FOLDER yet
     python -m evals gpu --page FOLDER                     its figures into evals/bench.md, nothing measured
 
-1. `correct`: every kernel path, compiled, against fp64: dtypes, head dims, shared heads, windows, soft cap, padding,
-   packing, decoding (`gpu_checks`). Compiled by many processes, so this also fills Triton's cache.
-2. `tune`: block sizes (`gpu_tuning`), written to ropemods/attention/triton/blocks.json. What follows runs with them.
+1. `tune`: block sizes (`gpu_tuning`), written to ropemods/attention/triton/blocks.json. What follows runs with them, so
+   on a card whose sizes are known, leave it out (`--only correct bench steps`).
+2. `correct`: every kernel path, compiled, against fp64: dtypes, head dims, shared heads, windows, soft cap, padding,
+   packing, decoding (`gpu_checks`).
 3. `bench`: one attention call against the fastest stock kernel, forward, forward and backward, decoding.
 4. `steps`: whole training steps of models of 135M and 1B parameters with each modification (`gpu_steps`).
 
@@ -16,6 +17,7 @@ runs at toy sizes, its kernels in Triton's interpreter: that is the rehearsal, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -23,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from ropemods.bench.subjects import SUBJECTS, Shape
 from ropemods.bench.survey import Plan, machine, survey
 from ropemods.leakage.measure import versions
 
-PHASES = ("correct", "tune", "bench", "steps")
+PHASES = ("tune", "correct", "bench", "steps")
 OURS = ("flash", "triton", "triton-rows")
 TUNED = (
     "attend_kept", "key_gradients", "query_gradients", "statistics", "statistics_query_gradient",
@@ -107,17 +109,28 @@ def tune(run: Run) -> None:
 
 
 def bench(run: Run) -> None:
-    lengths, heads, pairs = ((24,), 4, 1) if run.toy else ((4096, 16384, 1024, 32768), 16, 11)
+    lengths, heads, pairs = ((24,), 4, 1) if run.toy else ((4096, 16384, 1024, 32768), 32, 11)
     dims, dtype = ((16,), "float32") if run.toy else ((64, 128), "bfloat16")
+    calls = [
+        (Shape(length=length, head_dim=dim, heads=heads, group_ratio=4, dtype=dtype), kind, path)
+        for length, dim, kind, path in itertools.product(lengths, dims, ("training", "forward", "decode"), OURS)
+    ]
+    if not run.toy:  # so that no time below is one of compilation, and many compile at once
+        small = {(replace(shape, length=512), kind, path) for shape, kind, path in calls}
+        with ProcessPoolExecutor(run.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_warmed, sorted(small, key=str)))
+    run.all_of(
+        (
+            f"bench/{kind}/{shape.length}/{shape.head_dim}/{path}",
+            partial(surveyed, shape, kind, path, run.device, pairs),
+        )
+        for shape, kind, path in calls
+    )
 
-    def jobs() -> Iterator[Job]:
-        for length, dim, kind, path in itertools.product(lengths, dims, ("training", "forward", "decode"), OURS):
-            for ratio in (1, 4) if kind == "training" and length == lengths[0] else (4,):
-                shape = Shape(length=length, head_dim=dim, heads=heads, group_ratio=ratio, dtype=dtype)
-                name = f"bench/{kind}/{length}/{dim}/{heads}:{heads // ratio}/{path}"
-                yield name, partial(surveyed, shape, kind, path, run.device, pairs)
 
-    run.all_of(jobs())
+def _warmed(call: tuple[Shape, str, str]) -> None:
+    with contextlib.suppress(Exception):  # told when it is timed
+        surveyed(*call, "cuda", 1)
 
 
 def surveyed(shape: Shape, kind: str, path: str, device: str, pairs: int) -> list[dict[str, Any]]:

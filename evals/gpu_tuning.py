@@ -24,24 +24,37 @@ from ropemods.attention.triton import blocks
 from ropemods.attention.triton.blocks import Blocks
 from ropemods.bench.subjects import SUBJECTS, Problem, Shape
 
-MOST_SHARED = 227 * 1024
-"""Bytes of shared memory that a program may have on the largest cards."""
+FORWARD = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 3), (128, 32, 4, 4))
+CANDIDATES = {
+    "attend": FORWARD,
+    "attend_entropy": FORWARD,
+    "attend_kept": FORWARD,
+    "statistics": FORWARD,
+    "query_gradients": (
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (64, 64, 4, 2),
+        (128, 32, 4, 3),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+    ),
+    "key_gradients": (
+        (64, 128, 8, 2),
+        (64, 128, 4, 2),
+        (64, 64, 4, 2),
+        (32, 128, 4, 3),
+        (64, 64, 4, 3),
+        (32, 64, 4, 2),
+    ),
+    "decode": ((16, 64, 4, 2), (16, 128, 4, 2), (16, 64, 2, 3), (16, 128, 8, 3)),
+}
+CANDIDATES["statistics_query_gradient"] = CANDIDATES["query_gradients"]
+CANDIDATES["statistics_key_gradient"] = CANDIDATES["key_gradients"]
+"""Sizes worth trying: rows, keys, warps, stages. Tensor cores take 64 lines at a time or 128."""
 
 
-def candidates(kernel: str, head_dim: int) -> list[Blocks]:
-    """Sizes worth trying: tiles of 64 and 128 queries for tensor cores, few enough that a program has registers."""
-    if kernel == "decode":
-        return [Blocks(16, keys, w, s) for keys, w, s in itertools.product((32, 64, 128), (2, 4, 8), (2, 3))]
-    gradients = "gradient" in kernel
-    rows, keys = ((32, 64, 128), (32, 64, 128)) if gradients else ((64, 128), (32, 64, 128))
-    made = itertools.product(rows, keys, (4, 8), (1, 2, 3) if gradients else (2, 3, 4))
-    return [
-        Blocks(r, k, w, s)
-        for r, k, w, s in made
-        if r * k <= 128 * 128
-        and s * 2 * k * head_dim * 2 + r * head_dim * 2 <= MOST_SHARED
-        and r * k >= 32 * 64 * w // 4
-    ]
+def candidates(kernel: str) -> list[Blocks]:
+    return [Blocks(*sizes) for sizes in CANDIDATES[kernel]]
 
 
 def call(kernel: str, head_dim: int, dtype: str, length: int, heads: int) -> Callable[[], None]:
@@ -118,7 +131,7 @@ def tune(
     jobs = [
         (kernel, dim, dtype, size)
         for kernel, dim in itertools.product(kernels, head_dims)
-        for size in candidates(kernel, dim)
+        for size in candidates(kernel)
     ]
     failures = warm(jobs, workers)
     say(f"tuning: {len(jobs)} candidates compiled, {sum(f is not None for f in failures.values())} do not fit")

@@ -150,9 +150,9 @@ def attend_kernel(
                 k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
                 x, bias, seen, at_bos = logits(
                     q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
-                    queries, keys, scale, cap, MASK, CAPPED, BOS, SURE,
+                    queries, keys, scale, cap, MASK, CAPPED, BOS, SURE, False,
                 )  # fmt: skip
-                s = weighed(x, bias, seen, at_bos, counted, BOS, SURE)
+                s = weighed(x, bias, seen, at_bos, counted, BOS, SURE, False)
                 highest, total, moment = statistics_step(s, highest, total, moment, SURE)
         row_lse, row_entropy = statistics_end(highest, total, moment)
         row_beta = beta_of(row_entropy, coefficients + head * POWERS, tl.load(strength), hold_from, POWERS)
@@ -168,10 +168,10 @@ def attend_kernel(
             k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
             x, bias, seen, at_bos = logits(
                 q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
-                queries, keys, scale, cap, MASK, CAPPED, BOS, SURE,
+                queries, keys, scale, cap, MASK, CAPPED, BOS, SURE, False,
             )  # fmt: skip
-            tempered = with_beta(x, row_beta, at_bos, BETA, SPARED, SURE)
-            z = weighed(tempered, bias, seen, at_bos, weight, BOS, SURE)
+            tempered = with_beta(x, row_beta, at_bos, BETA, SPARED, SURE, False)
+            z = weighed(tempered, bias, seen, at_bos, weight, BOS, SURE, False)
             if SPARED and not SURE:
                 x = tl.where(at_bos, 0.0, x)  # what β multiplies there
             v_tile = tile(v_base, key, keys, value_dim, v_row, v_dim, VDIM)

@@ -69,11 +69,11 @@ def split_scores_kernel(
         k_tile = tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
         x, bias, seen, at_bos = logits(
             q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, is_bos + batch * keys, row_bos,
-            queries, keys, scale, cap, MASK, CAPPED, BOS, False,
+            queries, keys, scale, cap, MASK, CAPPED, BOS, False, False,
         )  # fmt: skip
         where = scores + at[:, None] * keys + key[None, :]
         tl.store(where, x, mask=inside[:, None] & (key[None, :] < keys))
-        s = weighed(x, bias, seen, at_bos, counted, BOS, False)
+        s = weighed(x, bias, seen, at_bos, counted, BOS, False, False)
         highest, total, moment = statistics_step(s, highest, total, moment, False)
     parts_at = at * tl.num_programs(0) + tl.program_id(0)
     tl.store(part_highest + parts_at, highest, mask=inside)
@@ -140,15 +140,29 @@ def split_values_kernel(
             where = scores + at[:, None] * keys + key[None, :]
             x = tl.load(where, mask=inside[:, None] & (key[None, :] < keys), other=0.0)
             bias, seen, at_bos = admitted(
-                row, key, begin, end, mask_base, mask_row, mask_key, is_bos + batch * keys, queries, keys, MASK, BOS
+                row,
+                key,
+                begin,
+                end,
+                mask_base,
+                mask_row,
+                mask_key,
+                is_bos + batch * keys,
+                queries,
+                keys,
+                MASK,
+                BOS,
+                False,
             )
         else:
             k_tile = tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
             x, bias, seen, at_bos = logits(
                 q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, is_bos + batch * keys, row_bos,
-                queries, keys, scale, cap, MASK, CAPPED, BOS, False,
+                queries, keys, scale, cap, MASK, CAPPED, BOS, False, False,
             )  # fmt: skip
-        z = weighed(with_beta(x, row_beta, at_bos, BETA, SPARED, False), bias, seen, at_bos, weight, BOS, False)
+        z = weighed(
+            with_beta(x, row_beta, at_bos, BETA, SPARED, False, False), bias, seen, at_bos, weight, BOS, False, False
+        )
         if SPARED:
             x = tl.where(at_bos, 0.0, x)
         v_tile = tile(v + batch * v_batch + group * v_head, key, keys, value_dim, v_row, v_dim, VDIM)

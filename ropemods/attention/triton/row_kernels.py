@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ropemods.attention.triton.tiles import (
+    by_row,
     key_stretches,
     logits,
     product,
@@ -62,24 +63,28 @@ def statistics_end(highest, total, moment):
 @triton.jit
 def _scores(
     q, k, row, key, begin, end, mask, mask_row, mask_key,
-    queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr, SURE: tl.constexpr,
+    queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr, SURE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Logits (ROWS, KEYS) with the mask, -inf where a key is not seen; and as the cap left them."""
+    """Logits, a tile, with the mask, -inf where a key is not seen; and as the cap left them."""
     x, bias, seen, at_bos = logits(
         q, k, row, key, begin, end, mask, mask_row, mask_key, mask, begin,
-        queries, keys, scale, cap, MASK, CAPPED, False, SURE,
+        queries, keys, scale, cap, MASK, CAPPED, False, SURE, TURNED,
     )  # fmt: skip
-    return weighed(x, bias, seen, at_bos, begin, False, SURE), x
+    return weighed(x, bias, seen, at_bos, begin, False, SURE, TURNED), x
 
 
 @triton.jit
-def _score_gradients(s, capped, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr, SURE: tl.constexpr):
+def _score_gradients(
+    s, capped, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr, SURE: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
     """The gradients of q · k."""
-    log_p = s - lse[:, None]
+    log_p = s - by_row(lse, TURNED)
     if not SURE:
         seen = s != float("-inf")
         log_p = tl.where(seen, log_p, 0.0)
-    ds = tl.exp(log_p) * (d_lse[:, None] - d_entropy[:, None] * (log_p + entropy[:, None])) * scale
+    above = log_p + by_row(entropy, TURNED)
+    ds = tl.exp(log_p) * (by_row(d_lse, TURNED) - by_row(d_entropy, TURNED) * above) * scale
     if CAPPED:
         ds = ds * (1 - (capped / cap) * (capped / cap))
     if not SURE:
@@ -112,7 +117,7 @@ def statistics_kernel(
             k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
             s, _ = _scores(
                 q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
-                queries, keys, scale, cap, MASK, CAPPED, SURE,
+                queries, keys, scale, cap, MASK, CAPPED, SURE, False,
             )  # fmt: skip
             highest, total, moment = statistics_step(s, highest, total, moment, SURE)
 
@@ -150,9 +155,9 @@ def query_gradient_kernel(
             k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
             s, x = _scores(
                 q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
-                queries, keys, scale, cap, MASK, CAPPED, SURE,
+                queries, keys, scale, cap, MASK, CAPPED, SURE, False,
             )  # fmt: skip
-            ds = _score_gradients(s, x, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED, SURE)
+            ds = _score_gradients(s, x, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED, SURE, False)
             gathered += product(ds.to(k_tile.dtype), k_tile)
 
     store_tile(dq, gathered, at, inside, head_dim, DIM)
@@ -187,7 +192,7 @@ def key_gradient_kernel(
                 at = (batch * heads + head) * queries + row
                 s, x = _scores(
                     q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
-                    queries, keys, scale, cap, MASK, CAPPED, SURE,
+                    queries, keys, scale, cap, MASK, CAPPED, SURE, True,
                 )  # fmt: skip
                 ds = _score_gradients(
                     s,
@@ -200,8 +205,9 @@ def key_gradient_kernel(
                     cap,
                     CAPPED,
                     SURE,
+                    True,
                 )
-                gathered += product(tl.trans(ds).to(q_tile.dtype), q_tile)
+                gathered += product(ds.to(q_tile.dtype), q_tile)
 
     at = tl.program_id(1).to(tl.int64) * keys + key
     store_tile(dk, gathered, at, key < keys, head_dim, DIM)

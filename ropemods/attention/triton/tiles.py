@@ -135,62 +135,85 @@ def store_tile(pointer, value, at, inside, head_dim: tl.constexpr, DIM: tl.const
 
 
 @triton.jit
+def by_row(x, TURNED: tl.constexpr):
+    """A number a query, to be spread over a tile; TURNED tiles are (KEYS, ROWS), for products over the queries."""
+    if TURNED:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def by_key(x, TURNED: tl.constexpr):
+    if TURNED:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
 def logits(
     q, k, row, key, begin, end, mask, mask_row, mask_key, is_bos, bos_logit,
     queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr, BOS: tl.constexpr, SURE: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, KEYS) each: the logits x, in the BOS column the logit given for it; what the mask adds; which are seen;
-    and (1, KEYS) which keys are a BOS. In a SURE tile all are seen and none is a BOS."""
-    x = product(q, tl.trans(k)) * scale
+    """A tile each: the logits x, in the BOS column the logit given for it; what the mask adds; which are seen; and,
+    one number a key, which are a BOS. In a SURE tile all are seen and none is a BOS."""
+    if TURNED:
+        x = product(k, tl.trans(q)) * scale
+    else:
+        x = product(q, tl.trans(k)) * scale
     if CAPPED:
         x = cap * (2 * tl.sigmoid(2 * x / cap) - 1)
     bias, seen, at_bos = admitted(
-        row, key, begin, end, mask, mask_row, mask_key, is_bos, queries, keys, MASK, BOS
+        row, key, begin, end, mask, mask_row, mask_key, is_bos, queries, keys, MASK, BOS, TURNED
     )  # fmt: skip
     if BOS and not SURE:
-        x = tl.where(at_bos, bos_logit[:, None], x)
+        x = tl.where(at_bos, by_row(bos_logit, TURNED), x)
     return x, bias, seen, at_bos
 
 
 @triton.jit
 def admitted(
-    row, key, begin, end, mask, mask_row, mask_key, is_bos, queries, keys, MASK: tl.constexpr, BOS: tl.constexpr
-):
+    row, key, begin, end, mask, mask_row, mask_key, is_bos, queries, keys, MASK: tl.constexpr, BOS: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
     """What `logits` returns beside the logits."""
-    seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+    column = by_key(key, TURNED)
+    seen = (column >= by_row(begin, TURNED)) & (column < by_row(end, TURNED))
     bias = tl.zeros(seen.shape, tl.float32)
     if MASK != 0:
-        inside = (row[:, None] < queries) & (key[None, :] < keys)
-        where = mask + row[:, None] * mask_row + key[None, :] * mask_key
+        inside = (by_row(row, TURNED) < queries) & (column < keys)
+        where = mask + by_row(row, TURNED) * mask_row + column * mask_key
         if MASK == 1:
             seen = seen & (tl.load(where, mask=inside, other=0) != 0)
         else:
             bias = tl.load(where, mask=inside, other=0.0).to(tl.float32)
     if BOS:
-        at_bos = (tl.load(is_bos + key, mask=key < keys, other=0) != 0)[None, :]
+        at_bos = by_key(tl.load(is_bos + key, mask=key < keys, other=0) != 0, TURNED)
     else:
-        at_bos = (key < 0)[None, :]
+        at_bos = column < 0
     return bias, seen, at_bos
 
 
 @triton.jit
-def weighed(x, bias, seen, at_bos, weight, BOS: tl.constexpr, SURE: tl.constexpr):
+def weighed(x, bias, seen, at_bos, weight, BOS: tl.constexpr, SURE: tl.constexpr, TURNED: tl.constexpr):
     """The logits with the mask and the weight of the BOS column; -inf where a key is not seen."""
     if not SURE:
         if BOS:
-            bias = bias + tl.where(at_bos, weight[:, None], 0.0)
+            bias = bias + tl.where(at_bos, by_row(weight, TURNED), 0.0)
         x = tl.where(seen, x + bias, float("-inf"))
     return x
 
 
 @triton.jit
-def with_beta(x, beta, at_bos, BETA: tl.constexpr, SPARED: tl.constexpr, SURE: tl.constexpr):
+def with_beta(x, beta, at_bos, BETA: tl.constexpr, SPARED: tl.constexpr, SURE: tl.constexpr, TURNED: tl.constexpr):
     """Tempered logits; the BOS column is not, where it is spared."""
     if BETA != 0:
         if SPARED and not SURE:
-            x = tl.where(at_bos, x, x * beta[:, None])
+            x = tl.where(at_bos, x, x * by_row(beta, TURNED))
         else:
-            x = x * beta[:, None]
+            x = x * by_row(beta, TURNED)
     return x
 
 
