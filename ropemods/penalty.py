@@ -4,28 +4,27 @@
     Trainer(model, …, callbacks=[penalized.callback()]).train()
     penalized.remove()                      # the model is a stock model, and so was every checkpoint of it
 
-What is added to the loss is weight × P, with D(i, δ) from `leakage/deviations.py`, for each layer, head and early query i:
+What joins the loss is weight × P. With D(i, δ) of `leakage/deviations.py`, for each layer, head and early query i,
 
     P = mean of 2 · D̄(i, δ) · D(i, δ)          D̄ = bias-corrected running mean of *earlier* steps' D, a constant
 
-Its gradient is that of the mean of squares of E D, which is the early residual that `measure` reports, nearly without
-noise: the square of one batch's D would pay for its noise, a product with what other batches said does not. In the first
-step there is no D̄, and nothing is penalised. P / 2 is an estimate of the early residual itself, free of bias, which may
-come out negative.
+Its gradient is that of the mean square of E D, the early residual that `measure` reports, nearly without noise: the
+square of one batch's D would pay for its noise, and a product with what other batches said does not. In the first step
+there is no D̄, and nothing is penalised. P / 2 estimates the early residual without bias, so it may be negative.
 
-**Where it joins.** A model that is called with `labels` in training mode returns a loss with the penalty in it, so Trainer,
-TRL and plain loops need no change. Where you compute the loss yourself, add `penalized.penalty()` to it. `penalized.last`
-holds the loss without it, so that what is logged can be honest; `penalized.callback()` logs both in a Trainer.
+**Where it joins.** A model that is called with `labels` in training mode returns a loss with the penalty in it, so
+Trainer, TRL and plain loops need no change. Where you compute the loss yourself, add `penalized.penalty()`.
+`penalized.last` holds the loss without it, and `penalized.callback()` logs both in a Trainer.
 
-**A step** is an optimizer's step. The batches of one step are penalised against the same D̄ and together make the step's D
-(over all ranks, too), so 8 rows at once and 8 times one row train alike. It is noticed when any torch optimizer steps.
+**A step** is an optimizer's. The batches of one step are penalised against the same D̄ and together, over all ranks,
+make the step's D, so 8 rows at once and 8 times one row train alike. It is noticed when a torch optimizer steps.
 
-**Rows.** Queries count from the start of their own sequence: right- and left-padded rows and packed rows with position_ids
-that restart are told apart. Sequences shorter than 2 · early[1] are left out; several batches in a row without any
-that is long enough are an error.
+**Rows.** Queries count from the start of their own sequence: padding on either side and packed rows with position_ids
+that restart are told apart. Sequences shorter than 2 · early[1] are left out; many batches in a row without any that
+is long enough are an error.
 
-It works with modifications applied or without, with LoRA (apply `penalize` to either the PEFT model or its base), DDP, FSDP,
-ZeRO, gradient checkpointing, autocast. `torch.compile` breaks the graph at each attention layer, and needs no fullgraph.
+It works with modifications or without, with LoRA (penalise the PEFT model or its base), DDP, FSDP, ZeRO, gradient
+checkpointing and autocast. `torch.compile` breaks the graph at each attention layer, so it must not ask for fullgraph.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class Last(NamedTuple):
 
 
 class Penalized:
-    """A model whose leakage is penalised while it trains. Also a context manager that removes the penalty at its end."""
+    """A model whose leakage is penalised while it trains; as a context manager it removes the penalty at its end."""
 
     def __init__(self, model: nn.Module, options: Penalty) -> None:
         self.options = options
@@ -252,9 +251,7 @@ class Penalized:
             return None
         self._empty = 0
         if self._plan is None or self._plan[0] != (found, device):
-            made = deviations.plan(
-                found, early=options.early, window=options.window, late=options.late, device=device
-            )
+            made = deviations.plan(found, early=options.early, window=options.window, late=options.late, device=device)
             self._plan = (found, device), made
         return Pass(self._plan[1], self._layers, self._corrected(device))
 

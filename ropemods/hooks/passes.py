@@ -1,16 +1,16 @@
 """A number that is trained on and read inside the attention layers: how it gets out of them, and its gradient in.
 
-A forward pass in training carries a `Pass` to its attention layers, as a keyword argument, like what
-`hooks.inputs` finds. The layers hand it their rows; the decoder's exit turns what was read into the penalty. The
-gradient comes back the same way. Two identities in the graph do that:
+A forward pass in training carries a `Pass` to its attention layers, as a keyword argument, like what `hooks.inputs`
+finds. The layers hand it their rows; the decoder's exit turns what was read into the penalty. The gradient comes back
+the same way. Two identities in the graph do that:
 
-    exit     (hidden states, penalty) leave one node together, so its backward knows how much the penalty counts, whatever
-             became of the loss since (accumulation, loss scaling, a factor of the user's), before any layer's backward
+    exit     hidden states and penalty leave one node together, so its backward knows how much the penalty counts,
+             whatever became of the loss since (accumulation, loss scaling, a factor of yours), and before any layer
     layer    queries and keys pass through a node that adds the penalty's gradient to theirs
 
-So nothing in between has to know: a layer that is recomputed (gradient checkpointing, reentrant or not) is given the Pass
-of its own forward pass, reads nothing again and gets its gradient once; parameters may be sharded, compiled around or
-adapted, since the gradient enters at queries and keys, not at weights.
+So nothing in between has to know. A layer that is recomputed (gradient checkpointing, reentrant or not) is given the
+Pass of its own forward pass, reads nothing again and gets its gradient once; parameters may be sharded or adapted,
+since the gradient enters at queries and keys, not at weights.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _Exit(torch.autograd.Function):
-    """Hidden states as they are, and the penalty; on the way back what the penalty counts is known before the layers."""
+    """Hidden states as they are, and the penalty; on the way back it knows what the penalty counts for."""
 
     @staticmethod
     def forward(ctx: Any, this: Pass, value: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,8 +203,8 @@ def install(model: PreTrainedModel, owner: Owner) -> list:
     parameters = inspect.signature(type(decoder).forward).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(
-            f"{type(decoder).__name__} takes no keyword arguments for its attention layers, so the penalty cannot reach "
-            "them; models like this are not supported"
+            f"{type(decoder).__name__} takes no keyword arguments for its attention layers, so the penalty cannot "
+            "reach them; models like this are not supported"
         )
     names = list(parameters)[1:]
 

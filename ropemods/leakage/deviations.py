@@ -70,8 +70,10 @@ def plan(
     query_NQ = torch.cat((early_E.expand(len(runs), -1), late_NA), 1)
     near_NC = torch.arange(early[0] - window + 1, early[1]).expand(len(runs), -1)
     far_NC = (late_NA[..., None] + torch.arange(1 - window, 1)).flatten(1)
-    columns = (row_N1, start_N1 + query_NQ, start_N1 + torch.cat((near_NC, far_NC), 1))
-    return Plan(*(each.to(device) for each in columns), len(early_E), window)
+    key_NC = torch.cat((near_NC, far_NC), 1)
+    return Plan(
+        row_N1.to(device), (start_N1 + query_NQ).to(device), (start_N1 + key_NC).to(device), len(early_E), window
+    )
 
 
 def read(rows: Rows, plan: Plan) -> Read:
