@@ -142,6 +142,8 @@ class Penalized:
         """Optimizer steps seen."""
         self.last: Last | None = None
         self._inner = base_model(model)
+        if getattr(self._inner, "penalized", None) is not None:
+            raise ValueError("this model is penalised already; call remove() on what penalize returned first")
         layers = [module for _, module in attention_layers(self._inner)]
         if not layers:
             raise ValueError(
@@ -168,6 +170,7 @@ class Penalized:
             if alive is not None and alive._passes:
                 alive.step()
 
+        self._inner.penalized = self  # type: ignore[assignment]
         self._handles = [*passes.install(self._inner, self), register_optimizer_step_post_hook(stepped)]
 
     def penalty(self) -> Tensor:
@@ -361,8 +364,4 @@ def penalize(
         late=late,
         momentum=momentum,
     )
-    inner = base_model(model)
-    if getattr(inner, "penalized", None) is not None:
-        raise ValueError("this model is penalised already; call remove() on what penalize returned, then penalise anew")
-    inner.penalized = Penalized(model, options)  # type: ignore[assignment]
-    return inner.penalized  # type: ignore[return-value]
+    return Penalized(model, options)
