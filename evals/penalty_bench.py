@@ -7,6 +7,7 @@ Shapes: N rows, B batch, T tokens, L layers, H heads, K groups, I queries, W off
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -235,7 +236,7 @@ class Bench:
         """The loss of long crops by position, a value a crop."""
         rows, size = self.tokens("far"), max(1, self.p["measure_batch"] // 8)
         nll = torch.cat([losses(forward(model, part), part).cpu() for part in rows.split(size)])
-        bins = zip(FAR_BINS, FAR_BINS[1:], strict=False)
+        bins = itertools.pairwise(FAR_BINS)
         return {f"{a}-{b}": [round(x, 5) for x in nll[:, a:b].mean(1).tolist()] for a, b in bins}
 
     @torch.no_grad()
