@@ -91,7 +91,7 @@ PROTOCOL = {
         "seeds": [0, 1, 2],
         "model": "SmolLM2-135M",
         **COMMON,
-        "groups": 32, "rows": 8192, "crops": 128, "far": 32, "measure_batch": 64,
+        "groups": 32, "rows": 4096, "crops": 128, "far": 32, "measure_batch": 64,
     },
 }  # fmt: skip
 for _scale, _plan in PLANS.items():

@@ -1,8 +1,6 @@
-"""The penalty's program: its readings are `estimate`'s, its batches are as said, and a cell runs without a tokenizer."""
+"""The penalty's program: its readings are `estimate`'s, its batches are as said, a cell needs no tokenizer."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
