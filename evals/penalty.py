@@ -44,37 +44,38 @@ COMMON = {"learning_rate": 5e-5, "warmup": 4, "batch": 8}
 PLANS: dict[str, list[tuple[Arm, tuple[int, ...]]]] = {
     "nano": [(Arm(steps=8), (0, 1)), (Arm(10.0, steps=8), (0, 1))],
     "smollm2": [
-        # What a weight does, and what helps on unigram tokens.
+        # A million tokens: what a weight does, and what helps on unigram tokens.
+        (Arm(steps=512), (0,)),
+        (Arm(10.0, steps=512), (0,)),
+        (Arm(30.0, steps=512, unigram=0.25), (0,)),
+        (Arm(10.0, steps=512, unigram=0.25), (0,)),
+        (Arm(3.0, steps=512), (0,)),
+        (Arm(30.0, steps=512), (0,)),
+        (Arm(100.0, steps=512, unigram=0.25), (0,)),
+        (Arm(30.0, steps=512, unigram=0.5), (0,)),
+        # Three seeds for what may be claimed.
+        (Arm(steps=512), (1,)),
+        (Arm(30.0, steps=512, unigram=0.25), (1,)),
+        (Arm(10.0, steps=512), (1,)),
+        (Arm(steps=512), (2,)),
+        (Arm(30.0, steps=512, unigram=0.25), (2,)),
+        (Arm(10.0, steps=512), (2,)),
+        (Arm(10.0, steps=512, unigram=0.25), (1, 2)),
+        # Fewer tokens, and what else may matter.
         (Arm(steps=192), (0,)),
+        (Arm(3.0, steps=192), (0,)),
         (Arm(10.0, steps=192), (0,)),
         (Arm(30.0, steps=192), (0,)),
-        (Arm(10.0, steps=192, unigram=0.25), (0,)),
-        (Arm(3.0, steps=192), (0,)),
         (Arm(30.0, steps=192, unigram=0.25), (0,)),
-        # Longer, the arms of a claim first.
-        (Arm(steps=384), (0,)),
-        (Arm(10.0, steps=384), (0,)),
-        (Arm(10.0, steps=384, unigram=0.25), (0,)),
-        (Arm(30.0, steps=384, unigram=0.25), (0,)),
-        (Arm(steps=384), (1, 2)),
-        (Arm(10.0, steps=384, unigram=0.25), (1, 2)),
-        (Arm(10.0, steps=384), (1, 2)),
-        # What else may matter.
-        (Arm(100.0, steps=192), (0,)),
-        (Arm(30.0, steps=192, unigram=0.5), (0,)),
+        (Arm(steps=96), (0,)),
+        (Arm(3.0, steps=96), (0,)),
+        (Arm(10.0, steps=96), (0,)),
         (Arm(30.0, steps=192, warmup=48), (0,)),
         (Arm(steps=192, long=True), (0,)),
         (Arm(10.0, steps=192, long=True), (0,)),
         (Arm(10.0, steps=192, layers=(0.3, 1.0)), (0,)),
-        (Arm(steps=96), (0,)),
-        (Arm(3.0, steps=96), (0,)),
-        (Arm(10.0, steps=96), (0,)),
         (Arm(1.0, steps=192), (0,)),
-        (Arm(30.0, steps=384), (0,)),
-        (Arm(3.0, steps=384), (0,)),
-        (Arm(steps=192), (1, 2)),
-        (Arm(10.0, steps=192), (1, 2)),
-        (Arm(30.0, steps=384, unigram=0.25), (1, 2)),
+        (Arm(100.0, steps=192), (0,)),
         (Arm(steps=48), (0,)),
         (Arm(30.0, steps=48), (0,)),
     ],
@@ -257,6 +258,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where cells are written, and read if they are there")
     parser.add_argument("--scale", choices=list(PROTOCOL), default="smollm2")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell that would not end in time")
+    parser.add_argument(
+        "--share", default="1/1", metavar="N/OF", help="the n-th of so many shares, for processes side by side"
+    )
     parser.add_argument("--only", nargs="*", default=[""], help="cells whose name has one of these words in it")
     options = parser.parse_args()
     p = PROTOCOL[options.scale]
@@ -269,7 +273,8 @@ def main() -> None:
     began, rate = time.monotonic(), 0.0
     bench = Bench(options.folder, options.model, p)
     cells = Cells(options.output, say=lambda line: print(f"{time.monotonic() - began:6.1f} s {line}", flush=True))
-    for name, job in jobs_of(bench, options.scale).items():
+    share, shares = map(int, options.share.split("/"))
+    for name, job in list(jobs_of(bench, options.scale).items())[share - 1 :: shares]:
         if not any(word in name for word in options.only):
             continue
         steps = 0 if name == "base" else int(name.split()[1])
