@@ -78,6 +78,53 @@ def close(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert error <= tolerance * max(scale, 1.0), f"largest error {error:.2e} on values up to {scale:.2e}"
 
 
+def layouts() -> dict[str, dict[str, Tensor]]:
+    """The same tokens as plain rows, with padding in front of some, and packed into one row."""
+    ids = zoo.tokens(rows=4)
+    rows, length = ids.shape
+    padded = torch.nn.functional.pad(ids, (3, 0), value=0)
+    real = (torch.arange(length + 3) >= 3).long().expand_as(padded).clone()
+    return {
+        "plain": {"input_ids": ids},
+        "padded": {"input_ids": padded, "attention_mask": real},
+        "packed": {"input_ids": ids.view(1, -1), "position_ids": torch.arange(length).repeat(rows)[None]},
+    }
+
+
+def autocast_errors(model: PreTrainedModel, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    """Root mean square of the errors of the logits of real tokens, and that of all gradients beside their own size."""
+    ids = inputs["input_ids"]
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+
+    def run(asked: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        with torch.autocast("cpu", asked, enabled=asked is not None):
+            out = model(labels=ids.masked_fill(~real, -100), use_cache=False, **inputs)
+        out.loss.backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return out.logits.detach().float()[real], torch.cat(grads)
+
+    (logits, grads), (exact_logits, exact_grads) = run(dtype), run(None)
+    error = (grads - exact_grads).norm() / exact_grads.norm()
+    return (logits - exact_logits).pow(2).mean().sqrt().item(), error.item()
+
+
+@torch.no_grad()
+def autocast_errors_of_decoding(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    ids = zoo.tokens(rows=4)
+
+    def run(asked: torch.dtype | None) -> Tensor:
+        with torch.autocast("cpu", asked, enabled=asked is not None):
+            past, parts = None, []
+            for part in ids.split([6, 1, 2, 3], 1):
+                out = model(part, past_key_values=past, use_cache=True)
+                past, parts = out.past_key_values, [*parts, out.logits.float()]
+        return torch.cat(parts, 1)
+
+    return (run(dtype) - run(None)).pow(2).mean().sqrt().item()
+
+
 class ModContract:
     variants: ClassVar[dict[str, list[Mod]]] = {}
 
@@ -240,6 +287,28 @@ class ModContract:
             return (half(ids).logits.float() - exact).pow(2).mean().sqrt().item()
 
         assert error(self.model(pair, variant)) <= 2 * error(zoo.build(*pair))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_errs_at_most_twice_as_much_as_stock(self, pair, variant, dtype) -> None:
+        """Error of logits and of checkpointed gradients against fp32, next to the same errors of the stock model."""
+        modified, stock = self.model(pair, variant).train(), zoo.build(*pair).train()
+        for model in (modified, stock):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layout, inputs in layouts().items():
+            (own_logits, own_grads), (logits, grads) = (autocast_errors(m, inputs, dtype) for m in (modified, stock))
+            assert own_logits <= 2 * logits, layout
+            assert own_grads <= 2 * grads, layout
+        own, wanted = (autocast_errors_of_decoding(m.eval(), dtype) for m in (modified, stock))
+        assert own <= 2 * wanted
+
+    def test_compiles_whole_under_autocast(self, pair, variant) -> None:
+        model, ids = self.model(pair, variant), zoo.tokens()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            found, wanted = (each(ids, use_cache=False).logits for each in (compiled, model))
+        close(found, wanted, 1e-5)
+        torch._dynamo.reset()
 
     def test_compiles_whole_and_strength_does_not_recompile(self, pair, variant) -> None:
         model, ids = self.model(pair, variant), zoo.tokens()

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ropemods.attention import eager, fused
+from ropemods.attention import autocast, eager, fused
 from ropemods.attention.rows import Rows
 from ropemods.hooks.inputs import BOS, SHARED
 from ropemods.hooks.sites import AttentionSite, site_of
@@ -188,13 +188,13 @@ def _attention(
         own = stock(backend, module)
         return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    rows = rows_of(
-        backend, module, query, key, value, attention_mask=attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-    call = site.call(bos, rows.k_BGSD.shape[2], shared)
-    if site.active:
-        rows = module.ropemods(rows, call)
-    return _attend(backend, site, rows, call, training=module.training)
+    query, key, value = autocast.cast(query, key, value)
+    with autocast.suspended(query.device):
+        rows = rows_of(backend, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        call = site.call(bos, rows.k_BGSD.shape[2], shared)
+        if site.active:
+            rows = module.ropemods(rows, call)
+        return _attend(backend, site, rows, call, training=module.training)
 
 
 def rows_of(
@@ -203,8 +203,8 @@ def rows_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
     attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
