@@ -129,6 +129,11 @@ class Mod:
         """Whether the stage adds to the softmax's denominator, for which fused kernels have no dropout."""
         return False
 
+    @property
+    def zeroes_states(self) -> bool:
+        """Whether a position may be exactly zero in every layer, where backpropagation multiplies zero by infinity."""
+        return False
+
     def conflict(self, other: Mod) -> str | None:
         """Why this modification cannot stand beside `other`; None when it can."""
         return None
