@@ -229,6 +229,8 @@ def finish(model: PreTrainedModel) -> None:
     for mod in (mod for mod in model.ropemods_attached.mods if mod.edits_frequencies):
         if mod.layers is not None:
             selective.build(model, mod, layers)
+    for table in rotary.tables(model):
+        table.keep()
 
 
 def set_strength(model: nn.Module, strength: float, kind: str | None = None) -> None:
@@ -282,6 +284,7 @@ def _detach(model: PreTrainedModel) -> None:
             handle.remove()
         for table in rotary.tables(model):
             table.write(None)
+            table.release()
         interface.use_stock([layer for _, layer in attention_layers(model)])
         record.show_own(model)
         record.erase(model, attached.rope_parameters)

@@ -285,12 +285,15 @@ class ModContract:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_a_deep_model_has_finite_gradients_and_trains(self, pair, variant, dtype) -> None:
-        """28 layers, where what grows by a factor a layer shows; under autocast for the half precisions."""
+        """28 layers, where what grows by a factor a layer shows; under autocast for the half precisions.
+
+        A scaler of fp16 losses begins too high, and skips steps until it has found what gradients can be held.
+        """
         model, ids = rm.apply(zoo.deep(), *self.variants[variant]).train(), zoo.tokens()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         losses = []
-        for _ in range(6):
+        for step in range(8):
             torch.manual_seed(0)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -298,7 +301,8 @@ class ModContract:
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            assert all(p.grad.isfinite().all() for p in model.parameters())
+            finite = all(p.grad.isfinite().all() for p in model.parameters())
+            assert finite or (dtype == torch.float16 and step < 4)
             scaler.step(optimizer)
             scaler.update()
         assert losses[-1] < losses[0]

@@ -52,9 +52,9 @@ def test_zero_on_llama_is_softmax_off_by_one(backend: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_the_gradients_of_a_deep_model_are_those_of_softmax_off_by_one(dtype, tolerance, checkpointing: bool) -> None:
-    """In fp32 the normalisations of 28 layers at zero overflow; in fp64 they do not, and nothing differs for the cut."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gradients_of_a_deep_model_are_those_of_softmax_off_by_one(dtype, checkpointing: bool) -> None:
+    """In fp32 the normalisations of 28 layers at zero would overflow. (They are fp32 in transformers in every dtype.)"""
     stock, ids = zoo.deep(dtype=torch.float64), zoo.tokens()
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_the_gradients_of_a_deep_model_are_those_of_softmax_off_by_one(dtype, to
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss(model(ids, use_cache=False).logits[:, 1:]).backward()
     for (name, wanted), found in zip(stock.named_parameters(), model.parameters(), strict=True):
-        assert (found.grad - wanted.grad).norm() <= tolerance * wanted.grad.norm(), name
+        assert (found.grad - wanted.grad).norm() <= 1e-4 * wanted.grad.norm(), name
 
 
 def test_a_position_at_zero_with_biases_keeps_its_gradient() -> None:
