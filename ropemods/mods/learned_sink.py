@@ -82,7 +82,7 @@ class LearnedSink(Mod):
 
 
 class LearnedSinkStage(Stage):
-    """The sink stands at `start + logit`; what trains is the departure `logit`, so that weight decay pulls to the start.
+    """The sink stands at `start + logit`. The departure `logit` trains, so that weight decay pulls to the start.
 
     Checkpoints of 0.1 have no `start`, and the whole in `logit`.
     """

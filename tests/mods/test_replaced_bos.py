@@ -54,7 +54,7 @@ def test_zero_on_llama_is_softmax_off_by_one(backend: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_gradients_of_a_deep_model_are_those_of_softmax_off_by_one(dtype, checkpointing: bool) -> None:
-    """In fp32 the normalisations of 28 layers at zero would overflow. (They are fp32 in transformers in every dtype.)"""
+    """In fp32 the normalisations of 28 layers at zero would overflow; transformers has them in fp32 in every dtype."""
     stock, ids = zoo.deep(dtype=torch.float64), zoo.tokens()
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_a_position_at_zero_with_biases_keeps_its_gradient() -> None:
     stock(inputs_embeds=embedded, labels=ids).loss.backward()
     model = rm.apply(zoo.build("qwen2", dtype=torch.float64), ReplacedBos("zero"))
     model(ids, labels=ids).loss.backward()
-    for (name, wanted), found in zip(stock.named_parameters(), model.parameters(), strict=True):
+    for wanted, found in zip(stock.parameters(), model.parameters(), strict=True):
         close(found.grad, wanted.grad, 1e-12)
 
 
