@@ -143,7 +143,7 @@ def steps(run: Run) -> None:
     jobs = [
         (
             f"steps/{size.name}/{path}/{name}",
-            partial(gpu_steps.measured, size, mods, path, run.device, pairs=1 if run.toy else 7),
+            partial(gpu_steps.measured, size, mods, path, run.device, pairs=1 if run.toy else 3),
         )
         for size, path, (name, mods) in itertools.product(sizes, OURS, gpu_steps.MODS.items())
         if path == "flash" or name in ("AdaptiveTemperature", "LearnedSink", "UnrotatedBos", "rope, temperature, sink")

@@ -65,7 +65,8 @@ def model_of(size: Size, device: str) -> LlamaForCausalLM:
         bos_token_id=1,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(device).train()
+    with torch.device(device):
+        return LlamaForCausalLM(config).train()
 
 
 def step_of(model: LlamaForCausalLM, size: Size, device: str) -> Callable[[], None]:
