@@ -45,6 +45,7 @@ PROGRAMS = (
     "step_cost",
     "schedule",
     "before_after",
+    "penalty",
     "dose",
     "harness",
 )
@@ -140,6 +141,20 @@ def run(
     values = protocol(module, scale)
     cells = Cells(kept / name / f"{scale}-{hash_of(values)}", say=say)
     found = module.run(scale, data, cells)
+    return write(name, scale, found, seconds=cells.seconds, results=results)
+
+
+def write(
+    name: str,
+    scale: str,
+    found: Mapping[str, Any],
+    *,
+    seconds: float,
+    results: Path = RESULTS,
+    machine: str | None = None,
+) -> Path:
+    """The result file of a program; `machine` where its cells were run on another than this."""
+    values = protocol(program(name), scale)
     taken = set(ADDED) & set(found)
     if taken:
         raise ValueError(f"{name}: run returned {sorted(taken)}, which are written by evals.claim; rename them")
@@ -150,9 +165,9 @@ def run(
         "protocol": values,
         "protocol_hash": hash_of(values),
         "versions": versions(),
-        "machine": f"{platform.machine()} {'GPU' if torch.cuda.is_available() else 'CPU'}",
+        "machine": machine or f"{platform.machine()} {'GPU' if torch.cuda.is_available() else 'CPU'}",
         "command": f"python -m evals run {name} --scale {scale} --data DATA",
-        "seconds": round(cells.seconds),
+        "seconds": round(seconds),
     }
     results.mkdir(exist_ok=True)
     text = json.dumps({**added, **found}, indent=1, ensure_ascii=False, allow_nan=False)

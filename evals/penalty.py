@@ -18,7 +18,7 @@ It also runs by itself, where no text and no tokenizer is:
 
     python -m evals.penalty prepare FOLDER --model MODEL --data ../shared/data --scale smollm2
     python -m evals.penalty run FOLDER --model MODEL --output CELLS --scale smollm2 --minutes 6
-    python -m evals.penalty show CELLS --scale smollm2
+    python -m evals.penalty show CELLS --scale smollm2          the table, and the result file for the page
 
 Cells are written one by one, the most telling first, and a run goes on where it stopped.
 """
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from evals.claim import KEPT, Cells, Learned, hash_of
+from evals.claim import KEPT, RESULTS, Cells, Learned, hash_of, write
 from evals.measured import mean, ratio
 from evals.penalty_bench import Arm, Bench, prepare
 
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of tokens (prepare, run) or of cells (show)")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--output", type=Path, help="where cells are written, and read if they are there")
+    parser.add_argument("--output", type=Path, help="where cells are written (run), or the result file (show)")
     parser.add_argument("--scale", choices=list(PROTOCOL), default="smollm2")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell that would not end in time")
     parser.add_argument(
@@ -268,7 +268,7 @@ def main() -> None:
         prepare(options.folder, options.data, AutoTokenizer.from_pretrained(options.model), p)
         return
     if options.what == "show":
-        show(options.folder, options.scale)
+        show(options.folder, options.scale, options.output or RESULTS)
         return
     began, rate = time.monotonic(), 0.0
     bench = Bench(options.folder, options.model, p)
@@ -289,10 +289,16 @@ def main() -> None:
     show(options.output, options.scale)
 
 
-def show(folder: Path, scale: str) -> None:
+def show(folder: Path, scale: str, results: Path | None = None) -> None:
     done = {cell["cell"]: cell["result"] for cell in (json.loads(path.read_text()) for path in folder.glob("*.json"))}
-    if "base" in done:
-        print(table(collected(done, scale)), flush=True)
+    if "base" not in done:
+        return
+    found = collected(done, scale)
+    print(table(found), flush=True)
+    if results is not None:
+        machine = ", ".join(sorted({cell["device"] for cell in done.values()}))
+        seconds = sum(sum(cell["seconds"].values()) for cell in done.values())
+        print(f"wrote {write('penalty', scale, found, seconds=seconds, results=results, machine=machine)}")
 
 
 if __name__ == "__main__":

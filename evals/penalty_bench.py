@@ -152,6 +152,7 @@ class Bench:
             found = self.train(model, arm, seed)
         trained = time.monotonic()
         found["measured"] = self.measure(model.eval())
+        found["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         found["seconds"] = {"training": round(trained - begun, 1), "measuring": round(time.monotonic() - trained, 1)}
         return found
 
