@@ -287,13 +287,15 @@ class ModContract:
     def test_a_deep_model_has_finite_gradients_and_trains(self, pair, variant, dtype) -> None:
         """28 layers, where what grows by a factor a layer shows; under autocast for the half precisions.
 
-        A scaler of fp16 losses begins too high, and skips steps until it has found what gradients can be held.
+        The scaler of fp16 losses begins too high, as it does for the stock model, and skips steps whose gradients
+        cannot be held.
         """
         model, ids = rm.apply(zoo.deep(), *self.variants[variant]).train(), zoo.tokens()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         losses = []
-        for step in range(8):
+        skipped = 0
+        for _ in range(8):
             torch.manual_seed(0)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -301,10 +303,10 @@ class ModContract:
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            finite = all(p.grad.isfinite().all() for p in model.parameters())
-            assert finite or (dtype == torch.float16 and step < 4)
+            skipped += not all(p.grad.isfinite().all() for p in model.parameters())
             scaler.step(optimizer)
             scaler.update()
+        assert skipped <= (4 if dtype == torch.float16 else 0)
         assert losses[-1] < losses[0]
 
     def test_every_parameter_of_the_modification_gets_a_gradient(self, pair, variant) -> None:
