@@ -42,6 +42,10 @@ class Attached:
     """Whether layers or the embedding must be told where the BOS is, once strengths are above 0."""
     wants_shared: bool = False
     bos_active: bool = False
+    rows_active: bool = False
+    """Whether any layer's softmax rows are modified."""
+    turns_active: bool = False
+    """Whether queries are turned by their distance to the BOS."""
     shared_active: bool = False
 
 
@@ -122,7 +126,7 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
     attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
-    if bos_token_id is not None or shared is not None:
+    if bos_token_id is not None or shared is not None or scored:
         attached.handles += inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
         if mod.layers is not None:
@@ -236,9 +240,11 @@ def refresh(model: PreTrainedModel) -> None:
             for kind, stage in module.stages():
                 stage.set_strength(alpha[kind])
     record.show_stock(model, attached.rope_parameters)
-    for _, layer in attention_layers(model):
-        if (site := site_of(layer)) is not None:
-            site.active = any(alpha[kind] > 0 for kind in site.kinds)
+    sites = [site for _, layer in attention_layers(model) if (site := site_of(layer)) is not None]
+    for site in sites:
+        site.active = any(alpha[kind] > 0 for kind in site.kinds)
+    attached.rows_active = any(site.active for site in sites)
+    attached.turns_active = any(mod.needs_layout and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.bos_active = any(mod.needs_bos and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)
     for mod in (mod for mod in attached.mods if mod.edits_frequencies):
