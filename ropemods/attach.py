@@ -154,13 +154,26 @@ def _checked(model: PreTrainedModel, mods: list[Mod]) -> list[tuple[str, nn.Modu
             raise ValueError(
                 f"{mod.kind}: layers {outside} do not exist; this model has {count}, from 0 to {count - 1}"
             )
-        if mod.needs_bos and model.config.get_text_config().bos_token_id is None:
-            raise ValueError(
-                f"{mod.kind} needs a BOS token and this model's config has none (bos_token_id is None); set "
-                "model.config.bos_token_id to the token your sequences begin with, and put it in front of each"
-            )
+        if mod.needs_bos:
+            _check_bos(mod, model)
     _check_one_of_a_kind(mods, len(layers))
     return layers
+
+
+def _check_bos(mod: Mod, model: PreTrainedModel) -> None:
+    token = model.config.get_text_config().bos_token_id
+    if token is None:
+        raise ValueError(
+            f"{mod.kind} needs a BOS token and this model's config has none (bos_token_id is None); set "
+            "model.config.bos_token_id to the token your sequences begin with, and put it in front of each"
+        )
+    weight = model.get_input_embeddings().weight
+    count = getattr(weight, "ds_shape", weight.shape)[0]
+    if type(token) is not int or not 0 <= token < count:
+        raise ValueError(
+            f"{mod.kind} needs a BOS token and this model's config names {token!r}, which is none of its {count} tokens; "
+            f"set model.config.bos_token_id to the id (0 to {count - 1}) of the token your sequences begin with"
+        )
 
 
 def _check_one_of_a_kind(mods: list[Mod], layer_count: int) -> None:

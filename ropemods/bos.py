@@ -131,7 +131,7 @@ def find(
         wrong = torch.where(before.several_B1, PACKED, torch.where(begun & recall, FINE, OTHER))
         problem = torch.where(cached & (other | ~begun), wrong, problem)
         problem = torch.where(cached & (before.seen < past), UNSEEN, problem)
-        column_BN = torch.where(cached & begun, before.column_B1, column_BN)
+        column_BN = torch.where(cached & begun & (problem == FINE), before.column_B1, column_BN)
         position = before.position_B1.expand_as(column_BN)
     here = (column_BN >= 0) & ~cached
     local = (column_BN - past).clamp(0, tokens - 1)

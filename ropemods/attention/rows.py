@@ -91,8 +91,8 @@ class Rows(NamedTuple):
     sink_H: Tensor | None = None
 
 
-HIDDEN = -1e4
-"""An additive mask of this or less hides the key, in every dtype."""
+HIDDEN = -9984.0
+"""An additive mask of this or less hides the key, in every dtype: -1e4, as bf16 rounds it."""
 
 
 def shown(mask: Tensor) -> Tensor:
