@@ -171,8 +171,8 @@ def _check_bos(mod: Mod, model: PreTrainedModel) -> None:
     count = getattr(weight, "ds_shape", weight.shape)[0]
     if type(token) is not int or not 0 <= token < count:
         raise ValueError(
-            f"{mod.kind} needs a BOS token and this model's config names {token!r}, which is none of its {count} tokens; "
-            f"set model.config.bos_token_id to the id (0 to {count - 1}) of the token your sequences begin with"
+            f"{mod.kind} needs a BOS token and this model's config names {token!r}, which is none of its {count} "
+            f"tokens; set model.config.bos_token_id to the id (0 to {count - 1}) of the token your sequences begin with"
         )
 
 

@@ -124,11 +124,9 @@ def _after(entrance: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
 def _locate(model: PreTrainedModel, given: dict[str, Any]) -> tuple[bos.Bos, Tensor | None]:
     """Where the BOS of every query is, and the token ids, checked."""
     ids, cache = given.get("input_ids"), given.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
-    before = memory.recall(cache)
-    tokens_BT = ids if ids is not None else given["inputs_embeds"][..., 0]
-    batch, tokens = tokens_BT.shape
-    index = torch.arange(tokens, device=tokens_BT.device).expand(batch, -1) + past
+    past, before = _past(given), memory.recall(cache)
+    index = _index(ids if ids is not None else given["inputs_embeds"][..., 0], given)
+    batch, tokens = index.shape
     mask, positions = _mask(given), _positions(given, batch)
     if before is not None and before.column_B1.shape[0] != batch:
         raise ValueError(
@@ -151,7 +149,7 @@ def _locate(model: PreTrainedModel, given: dict[str, Any]) -> tuple[bos.Bos, Ten
         column = torch.zeros_like(index[:, :1])
         if mask is not None:
             column = bos.by_padding(mask, past + tokens)
-            here = mask.bool().gather(1, index.clamp(max=mask.shape[1] - 1))
+            here = _here(mask, index)
             if ids is not None:
                 packed = bos.behind_holes(ids, here, model.ropemods_attached.bos_token_id)
         if positions is not None and tokens > 1:
@@ -210,10 +208,9 @@ def _kept_apart(model: PreTrainedModel, given: dict[str, Any]) -> Tensor | None:
         return ids
     if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] == 1:
         return ids
-    here = None if mask is None else mask.bool()[:, -positions.shape[1] :]
-    positions = positions.expand(ids.shape[0], -1)
-    column = torch.zeros_like(ids[:, :1])
-    problem = bos.restarts(positions, here).any(1, keepdim=True) * bos.PACKED
+    positions, column = positions.expand(ids.shape[0], -1), torch.zeros_like(ids[:, :1])
+    again = bos.restarts(positions, None if mask is None else _here(mask, _index(ids, given)))
+    problem = again.any(1, keepdim=True) * bos.PACKED
     return checked(ids, problem, column, column, -1, decodes=False)
 
 
@@ -222,6 +219,22 @@ def _separates(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     caching = given.get("use_cache")
     caching = model.config.get_text_config().use_cache if caching is None else caching
     return given.get("attention_mask") is None and given.get("past_key_values") is None and not caching
+
+
+def _past(given: dict[str, Any]) -> int | Tensor:
+    cache = given.get("past_key_values")
+    return cache.get_seq_length() if cache is not None else 0
+
+
+def _index(tokens_BT: Tensor, given: dict[str, Any]) -> Tensor:
+    """The column of each token of this call (B, T)."""
+    batch, tokens = tokens_BT.shape
+    return torch.arange(tokens, device=tokens_BT.device).expand(batch, -1) + _past(given)
+
+
+def _here(mask_BS: Tensor, index_BT: Tensor) -> Tensor:
+    """Which tokens of this call a mask shows (B, T)."""
+    return mask_BS.bool().gather(1, index_BT.clamp(max=mask_BS.shape[1] - 1))
 
 
 def _mask(given: dict[str, Any]) -> Tensor | None:
