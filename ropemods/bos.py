@@ -81,7 +81,7 @@ def by_visibility(shown_BTS: Tensor, past: int | Tensor) -> Tensor:
     # The mask of a windowed cache speaks of its last tokens only.
     forgotten = past + tokens - keys
     forgotten = forgotten.clamp(min=0) if isinstance(forgotten, Tensor) else max(forgotten, 0)
-    first = torch.where(shown_BTS.any(2), shown_BTS.int().argmax(2) + forgotten, -1)
+    first = torch.where(shown_BTS.any(2), shown_BTS.to(torch.uint8).argmax(2) + forgotten, -1)
     for _ in range(JUMPS if tokens > 1 else 0):
         further = first.gather(1, (first - past).clamp(0, tokens - 1))
         first = torch.where((first >= past) & (further >= 0), further, first)

@@ -118,13 +118,17 @@ def _after(entrance: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     cache = given.get("past_key_values")
     cache = getattr(output, "past_key_values", None) if cache is None else cache
     if cache is not None:
-        memory.remember(cache, bos.memory(found, memory.recall(cache)))
+        before = memory.recall(cache)
+        if before is not None and before.column_B1.shape[0] != found.column_BN.shape[0]:
+            before = None  # of what the cache held before it was reset
+        memory.remember(cache, bos.memory(found, before))
 
 
 def _locate(model: PreTrainedModel, given: dict[str, Any]) -> tuple[bos.Bos, Tensor | None]:
     """Where the BOS of every query is, and the token ids, checked."""
     ids, cache = given.get("input_ids"), given.get("past_key_values")
-    past, before = _past(given), memory.recall(cache)
+    past = _past(given)
+    before = None if isinstance(past, int) and past == 0 else memory.recall(cache)
     index = _index(ids if ids is not None else given["inputs_embeds"][..., 0], given)
     batch, tokens = index.shape
     mask, positions = _mask(given), _positions(given, batch)
@@ -196,7 +200,7 @@ def _measure(model: PreTrainedModel, given: dict[str, Any], told: bos.Bos) -> bo
         several = (axes.amax(0) != axes.amin(0)).any(1, keepdim=True) * bos.AXES
         problem = several.expand_as(told.column_BN)
         column = told.column_BN
-        told = told._replace(column_BN=checked(column, problem, column, column, -1, decodes=column.shape[1] == 1))
+        told = told._replace(column_BN=checked(column, problem, column, column, -1, decodes=axes.shape[2] == 1))
     return bos.measured(told, axes[0].expand(told.distance_BT.shape[0], -1))
 
 

@@ -109,6 +109,18 @@ def test_a_static_cache_that_is_reset_forgets(model) -> None:
     close(model(other, past_key_values=cache).logits, model(other, use_cache=False).logits, 2e-5)
 
 
+@torch.no_grad()
+def test_a_cache_that_is_reset_takes_other_rows(model) -> None:
+    ids, mask = padded(3, 1)
+    cache = model(ids, attention_mask=mask).past_key_values
+    cache.reset()
+    other = zoo.tokens(rows=3, length=7, seed=5)
+    close(model(other, past_key_values=cache).logits, model(other, use_cache=False).logits, 2e-5)
+    step = torch.full((3, 1), 9)
+    whole = model(torch.cat([other, step], 1), use_cache=False).logits[:, -1:]
+    close(model(step, past_key_values=cache).logits, whole, 2e-5)
+
+
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @torch.no_grad()
 def test_tokens_that_another_model_put_into_a_cache_are_refused(model, kind) -> None:
