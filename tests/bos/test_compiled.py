@@ -27,7 +27,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-def compiled(model, backend="aot_eager"):
+def compiled(model, backend="eager"):
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
@@ -36,11 +36,13 @@ def restarting() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "training"), [("sink", True), ("sink", False), ("unrotated", False), ("replaced", True)]
+    ("name", "training"),
+    [("sink", True), ("replaced", False)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("replaced", True), ("unrotated", False))],
 )
 def test_a_sequence_without_bos_is_refused(name: str, training: bool) -> None:
     model, ids = rm.apply(build(), MODS[name]), zoo.tokens()
-    run = compiled(model)
+    run = compiled(model, "aot_eager")
     labels = {"labels": ids} if training else {}
     with torch.set_grad_enabled(training):
         close(run(ids, use_cache=False, **labels).logits, model(ids, use_cache=False).logits, 1e-5)
@@ -71,6 +73,7 @@ def test_packed_sequences_are_kept_apart_or_refused(mod) -> None:
         run(**inputs, attention_mask=torch.ones(1, 12, dtype=torch.long), use_cache=False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_block_mask_gives_each_query_its_bos() -> None:
     model, inputs = rm.apply(build(), LearnedSink(init=0.3)), restarting()
@@ -104,7 +107,7 @@ def test_a_cache_that_another_model_filled_is_refused(kind) -> None:
 @torch.no_grad()
 def test_decoding_padded_rows_compiles_once() -> None:
     model = rm.apply(build(), LearnedSink(init=0.3))
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     run, graphs = compiled(model, counter), []
     for seed in (0, 1):
         ids, mask = padded(3, 0, length=12, seed=seed)
