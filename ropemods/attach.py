@@ -53,6 +53,10 @@ class Attached:
     """Whether layers or the embedding must be told where the BOS is, once strengths are above 0."""
     wants_shared: bool = False
     bos_active: bool = False
+    rows_active: bool = False
+    """Whether any layer's softmax rows are modified."""
+    turns_active: bool = False
+    """Whether queries are turned by their distance to the BOS."""
     zeros_active: bool = False
     """Whether a position may be exactly zero in every layer."""
     shared_active: bool = False
@@ -137,7 +141,7 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
     attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
-    if bos_token_id is not None or shared is not None:
+    if bos_token_id is not None or shared is not None or scored:
         attached.handles += inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
         if mod.layers is not None:
@@ -165,13 +169,26 @@ def _checked(model: PreTrainedModel, mods: list[Mod]) -> list[tuple[str, nn.Modu
             raise ValueError(
                 f"{mod.kind}: layers {outside} do not exist; this model has {count}, from 0 to {count - 1}"
             )
-        if mod.needs_bos and model.config.get_text_config().bos_token_id is None:
-            raise ValueError(
-                f"{mod.kind} needs a BOS token and this model's config has none (bos_token_id is None); set "
-                "model.config.bos_token_id to the token your sequences begin with, and put it in front of each"
-            )
+        if mod.needs_bos:
+            _check_bos(mod, model)
     _check_one_of_a_kind(mods, len(layers))
     return layers
+
+
+def _check_bos(mod: Mod, model: PreTrainedModel) -> None:
+    token = model.config.get_text_config().bos_token_id
+    if token is None:
+        raise ValueError(
+            f"{mod.kind} needs a BOS token and this model's config has none (bos_token_id is None); set "
+            "model.config.bos_token_id to the token your sequences begin with, and put it in front of each"
+        )
+    weight = model.get_input_embeddings().weight
+    count = getattr(weight, "ds_shape", weight.shape)[0]
+    if type(token) is not int or not 0 <= token < count:
+        raise ValueError(
+            f"{mod.kind} needs a BOS token and this model's config names {token!r}, which is none of its {count} "
+            f"tokens; set model.config.bos_token_id to the id (0 to {count - 1}) of the token your sequences begin with"
+        )
 
 
 def _check_one_of_a_kind(mods: list[Mod], layer_count: int) -> None:
@@ -253,9 +270,11 @@ def refresh(model: PreTrainedModel) -> None:
             for kind, stage in module.stages():
                 stage.set_strength(alpha[kind])
     record.show_stock(model, attached.rope_parameters)
-    for _, layer in attention_layers(model):
-        if (site := site_of(layer)) is not None:
-            site.active = any(alpha[kind] > 0 for kind in site.kinds)
+    sites = [site for _, layer in attention_layers(model) if (site := site_of(layer)) is not None]
+    for site in sites:
+        site.active = any(alpha[kind] > 0 for kind in site.kinds)
+    attached.rows_active = any(site.active for site in sites)
+    attached.turns_active = any(mod.needs_layout and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.bos_active = any(mod.needs_bos and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.zeros_active = any(mod.zeroes_states and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)

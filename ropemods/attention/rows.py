@@ -91,6 +91,15 @@ class Rows(NamedTuple):
     sink_H: Tensor | None = None
 
 
+HIDDEN = -9984.0
+"""An additive mask of this or less hides the key, in every dtype: -1e4, as bf16 rounds it."""
+
+
+def shown(mask: Tensor) -> Tensor:
+    """Where a mask, boolean (or of ones and zeros) or additive, shows the key."""
+    return mask > HIDDEN if mask.dtype.is_floating_point else mask.bool()
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype logits are reasoned about in: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

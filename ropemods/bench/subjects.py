@@ -119,6 +119,7 @@ class Problem:
         self.call = Call(
             bos_column_BN=torch.zeros(1, 1, dtype=torch.long, device=device),
             bos_distance_BT=torch.arange(shape.length, device=device)[None, -queries:],
+            bos_is_self_BT=(torch.arange(shape.length, device=device) == 0)[None, -queries:],
             inv_freq_F=torch.logspace(0, -4, frequencies, device=device),
             layout=Layout(interleaved=False, start=0),
         )

@@ -22,7 +22,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ropemods.attention import autocast, eager, fused
-from ropemods.attention.rows import Rows
+from ropemods.attention.rows import Rows, shown
 from ropemods.hooks.inputs import BOS, SHARED
 from ropemods.hooks.passes import PASS, Pass
 from ropemods.hooks.sites import AttentionSite, site_of
@@ -312,11 +312,9 @@ def _weighs(mask: Tensor | None) -> bool:
 
 
 def _adds(mask: Tensor) -> bool:
-    return bool(((mask != 0) & (mask > HIDDEN)).any())
+    return bool(((mask != 0) & shown(mask)).any())
 
 
-HIDDEN = -1e4
-"""An additive mask below this hides the key in every dtype."""
 MASKS = {"eager": eager_mask, "sdpa": sdpa_mask}
 for _backend in BACKENDS:
     AttentionInterface.register(PREFIX + _backend, functools.partial(_attention, _backend))

@@ -36,10 +36,13 @@ def runs_of(model: PreTrainedModel, given: dict[str, Any], *, least: int) -> lis
     if (seen_BT[:, 1:] & ~seen_BT[:, :-1]).sum(1).add(seen_BT[:, 0]).gt(1).any():
         raise ValueError("an attention_mask with holes in a row leaves no whole sequence for the penalty to read")
     positions = None if positions is None else positions.cpu().expand(B, T)
-    first_BT = bos.begins(index, seen_BT, positions)
-    problem = bos.runs_together(first_BT, kept_apart=mask is None and not _caches(model, given))
-    if problem is not None:
-        raise ValueError(problem)
+    if positions is not None and mask is None and not _caches(model, given):
+        column = bos.by_positions(positions)
+    elif positions is not None and bos.restarts(positions, seen_BT).any():
+        raise ValueError(bos.APART)
+    else:
+        column = bos.by_padding(seen_BT, T)
+    first_BT = seen_BT & (column == index)
     found = []
     for row, column in first_BT.nonzero().tolist():
         later = first_BT[row, column + 1 :].nonzero()

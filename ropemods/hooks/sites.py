@@ -64,7 +64,14 @@ class AttentionSite:
         # Once a windowed cache has begun to forget, the keys are the last of the tokens seen.
         forgotten = bos.seen - keys
         forgotten = forgotten.clamp(min=0) if isinstance(forgotten, Tensor) else max(forgotten, 0)
-        return Call(bos.column_BN - forgotten, bos.distance_BT, inv_freq, self.layout, shared or {})
+        return Call(
+            bos_column_BN=bos.column_BN - forgotten,
+            bos_distance_BT=bos.distance_BT,
+            bos_is_self_BT=bos.is_self_BT,
+            inv_freq_F=inv_freq,
+            layout=self.layout,
+            shared=shared or {},
+        )
 
 
 def attention_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ropemods.attention.rows import Rows, soft_capped, wide
+from ropemods.attention.rows import Rows, shown, soft_capped, wide
 from ropemods.leakage.logits import NEGLIGIBLE, banded_logits, grid_logits
 from ropemods.leakage.mask import interpolation
 from ropemods.leakage.protocol import Protocol
@@ -93,7 +93,7 @@ def grid_rows(rows: Rows, bos_BHT: Tensor, grid: tuple[int, ...]) -> Tensor:
     if rows.bos is not None or rows.beta_BHT is not None:
         rows_BHRS[..., 0] = bos_BHT[:, :, at]
     if rows.mask is not None:
-        rows_BHRS.masked_fill_(~_shown(rows.mask[..., at, :]), -torch.inf)
+        rows_BHRS.masked_fill_(~shown(rows.mask[..., at, :]), -torch.inf)
     return rows_BHRS
 
 
@@ -126,18 +126,18 @@ def complaint(rows: Rows) -> str | None:
         )
     if rows.mask is None:
         return None if rows.causal else "it is not causal: without a mask every query sees every key"
-    if _shown(rows.mask[..., 0, 1:]).any():
+    if shown(rows.mask[..., 0, 1:]).any():
         return "it is not causal: the first query sees later keys"
     if rows.mask.dtype != torch.bool:
         last = rows.mask[..., -1, :]
-        if (last.where(_shown(last), 0.0) != 0).any():
+        if (last.where(shown(last), 0.0) != 0).any():
             return "its mask adds a bias to the logits of visible keys, as ALiBi does"
     return None
 
 
 def hidden_offsets(rows: Rows, window: int) -> bool:
     """Whether the last query cannot see all of the offsets that are compared."""
-    return rows.mask is not None and not bool(_shown(rows.mask[..., -1, -window:]).all())
+    return rows.mask is not None and not bool(shown(rows.mask[..., -1, -window:]).all())
 
 
 def _some(x_B: Tensor, chosen: slice) -> Tensor:
@@ -154,16 +154,11 @@ def _columns(rows: Rows, keys: slice) -> Tensor:
     return s_BHTk if rows.beta_BHT is None else s_BHTk * rows.beta_BHT[..., None].to(dtype)
 
 
-def _shown(mask: Tensor) -> Tensor:
-    """Where keys may be seen: transformers hides them by False, by the lowest number of the dtype, or by −inf."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def _sees(rows: Rows, key: int) -> Tensor:
     """Which queries see one key, broadcastable to (B, H, T)."""
     if rows.mask is None:
         return torch.arange(rows.q_BHTD.shape[2], device=rows.q_BHTD.device) >= key
-    return _shown(rows.mask[..., key])
+    return shown(rows.mask[..., key])
 
 
 def _mass(logit_BHT: Tensor, lse_BHT: Tensor, seen: Tensor) -> Tensor:

@@ -36,9 +36,11 @@ class Call(NamedTuple):
 
     bos_column_BN: Tensor | None = None
     """Column, among the keys of this call, of each query's BOS; one a row (N = 1) or one a query (N = T). Negative
-    where the BOS has left the cache of a windowed layer."""
+    where the BOS has left the cache of a windowed layer, or no sequence has begun."""
     bos_distance_BT: Tensor | None = None
     """Position of the query minus the position of its BOS."""
+    bos_is_self_BT: Tensor | None = None
+    """True where a query is itself the BOS."""
     inv_freq_F: Tensor | None = None
     layout: Layout | None = None
     shared: dict[str, Tensor] = {}
@@ -198,7 +200,7 @@ def with_bos_column(rows: Rows, call: Call) -> Rows:
     """`rows` with the BOS column scored apart, at its natural logit where no earlier stage has scored it."""
     if rows.bos is not None:
         return rows
-    if call.bos_column_BN is None or call.bos_distance_BT is None:
+    if call.bos_column_BN is None or call.bos_is_self_BT is None:
         raise RuntimeError(
             "an attention layer was not told where its BOS tokens are: the model does not hand keyword arguments "
             "down to its attention layers, or the layer was called on its own; call the whole model"
@@ -210,7 +212,7 @@ def with_bos_column(rows: Rows, call: Call) -> Rows:
     marks = marks.scatter(1, torch.where(column_BN < 0, keys, column_BN).expand(batch, -1), True)
     bos = BosColumn(
         is_bos_BS=marks[:, :keys],
-        is_self_BT=call.bos_distance_BT == 0,
+        is_self_BT=call.bos_is_self_BT,
         logit_BHT=soft_capped(dot_with_bos(rows.q_BHTD, bos_key(rows, call), rows.scale), rows.softcap),
         log_weight=torch.zeros((), device=rows.q_BHTD.device),
     )
