@@ -21,8 +21,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.attention.paths import chosen
-from ropemods.hooks import adapters, inputs, interface, partition, probe, record, rehearsal, rotary, selective
-from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of
+from ropemods.hooks import (
+    adapters,
+    embedding,
+    inputs,
+    interface,
+    partition,
+    probe,
+    record,
+    rehearsal,
+    rotary,
+    selective,
+    unchanged,
+)
+from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of, uncompiled
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage
 
@@ -58,7 +70,7 @@ def apply(
     """
     inner = base_model(model)
     _check_alpha(strength)
-    if model is not inner and any(mod.trains for mod in mods):
+    if uncompiled(model) is not inner and any(mod.trains for mod in mods):
         raise ValueError(
             "these modifications train parameters, and a PEFT model trains and saves only what its config names; "
             "apply them first, then get_peft_model(model, LoraConfig(..., modules_to_save=['ropemods']))"
@@ -76,10 +88,10 @@ def apply(
         attach(inner, list(mods))
         finish(inner)
         rehearsal.check_dropout(inner)
-        embedding = inner.get_input_embeddings()
-        with partition.gathered(embedding):
-            for _, stage in _stages_of(embedding):
-                stage.measure(embedding)
+        embeds = inner.get_input_embeddings()
+        with partition.gathered(embeds):
+            for _, stage in _stages_of(embeds):
+                stage.measure(embeds)
         if calibration is not None:
             probe.calibrate(inner, calibration.to(inner.device))
         set_strength(inner, strength)
@@ -112,13 +124,14 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
     shared = _stages(mods, lambda mod: mod.shared_stage())
     if shared is not None:
         model.ropemods = _placed(shared, model, model.dtype)
-    embedding = model.get_input_embeddings()
+    embeds = model.get_input_embeddings()
     stages = _stages(mods, lambda mod: mod.embedding_stage(bos_token_id) if bos_token_id is not None else None)
     if stages is not None:
         for _, stage in stages.stages():
-            stage.allocate(embedding)
-        embedding.ropemods = _placed(stages, embedding, model.dtype)
-        attached.handles.append(inputs.install_embedding(embedding))
+            stage.allocate(embeds)
+        embeds.ropemods = _placed(stages, embeds, model.dtype)
+        embedding.install(model)
+    attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
     attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
@@ -264,6 +277,7 @@ def _detach(model: PreTrainedModel) -> None:
     if attached is not None:
         for handle in attached.handles:
             handle.remove()
+        embedding.uninstall(model)
         for table in rotary.tables(model):
             table.write(None)
         interface.use_stock([layer for _, layer in attention_layers(model)])
@@ -280,6 +294,7 @@ def summary(model: nn.Module) -> str:
     """One line a modification: where it acts, its strength, what trains; then backend, portability and totals."""
     inner = base_model(model)
     attached = _attached(inner)
+    unchanged.check(inner)
     count = len(attention_layers(inner))
     lines = []
     for mod in attached.mods:
@@ -290,12 +305,10 @@ def summary(model: nn.Module) -> str:
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
     portable = "yes" if record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
     total = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters())
-    kernels = ""
-    if attached.backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
+    backend, kernels = interface.backend_of(inner), ""
+    if backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
         kernels = f", kernels: {chosen(inner.device)}"
-    lines.append(
-        f"attention: {attached.backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}"
-    )
+    lines.append(f"attention: {backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}")
     return "\n".join(lines)
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import apply, attach, finish, refresh
-from ropemods.hooks import adapters, folding, native, record
+from ropemods.hooks import adapters, folding, native, record, unchanged
 from ropemods.hooks.partition import gathered
-from ropemods.hooks.sites import base_model
+from ropemods.hooks.sites import base_model, uncompiled
 from ropemods.mods import Mod
 
 
@@ -135,12 +135,13 @@ def _base(path: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> PreTrained
 
 def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a stock checkpoint that any engine runs as this model, or say which modification stands in the way."""
-    if model is not base_model(model):
+    if uncompiled(model) is not base_model(model):
         raise ValueError("this is a PEFT model; merge the adapter first: model = model.merge_and_unload()")
     inner = base_model(model)
     attached = getattr(inner, "ropemods_attached", None)
     if attached is None:
         raise ValueError("this model has no modifications, so save_pretrained already writes a stock checkpoint")
+    unchanged.check(inner)
     active = [mod for mod in attached.mods if attached.strength[mod.kind] > 0]
     for mod in active:
         reason = mod.export_obstacle()

@@ -1,4 +1,4 @@
-"""Hooks at the model's entrance: where the BOS stands, shared values, and the input embedding.
+"""Hooks at the model's entrance: where the BOS stands, and shared values.
 
 What they find travels to the attention layers as keyword arguments, which every transformers decoder hands down to its
 attention function. So each forward pass carries its own, and a gradient-checkpointed layer is recomputed with the ones
@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 
 from ropemods import bos
+from ropemods.hooks.sites import entrances
 from ropemods.mods.base import Call
 
 BOS, SHARED = "ropemods_bos", "ropemods_shared"
@@ -26,22 +27,14 @@ REMEMBERED = "_ropemods_bos"
 def install(model: PreTrainedModel) -> list:
     """Hook the model and the decoder inside it, so that either may be called; returns what removes the hooks."""
     handles = []
-    decoder = _decoder(model)
-    for entrance in dict.fromkeys((model, decoder)):
+    for entrance in entrances(model):
         parameters = inspect.signature(type(entrance).forward).parameters
         entrance.ropemods_parameters = list(parameters)[1:]
         entrance.ropemods_open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         handles.append(entrance.register_forward_pre_hook(_before, with_kwargs=True))
         handles.append(entrance.register_forward_hook(_after, with_kwargs=True))
-    decoder.ropemods_owner = [model]  # in a list, so that the model does not become its own descendant
-    model.ropemods_owner = [model]
+        entrance.ropemods_owner = [model]  # in a list, so that the model does not become its own descendant
     return handles
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    decoder = model.get_decoder()
-    # A few models call their output layer the decoder.
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def carry(model: PreTrainedModel, layers: list[nn.Module], rotary_modules: list[nn.Module]) -> list:
@@ -140,11 +133,3 @@ def _locate(model: PreTrainedModel, given: dict[str, Any]) -> bos.Bos:
         raise ValueError(problem)
     one_each = int(first_BT.sum(1).max()) == 1
     return found._replace(column_BN=found.column_BN[:, -1:]) if one_each else found
-
-
-def install_embedding(embedding: nn.Module):
-    return embedding.register_forward_hook(_after_embedding)
-
-
-def _after_embedding(embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return embedding.ropemods(output, args[0], embedding)

@@ -53,7 +53,7 @@ def layout(model: PreTrainedModel) -> Layout | None:
 
     def first_queries() -> Tensor:
         try:
-            with interface.observed(stop, want_lse=False):
+            with interface.observed(stop, of=model, want_lse=False):
                 model(input_ids=ids, use_cache=False)
         except _Reached as reached:
             return reached.queries
@@ -78,7 +78,7 @@ def calibrate(model: PreTrainedModel, ids_BT: Tensor) -> None:
     attached = model.ropemods_attached
     before, attached.bos_active = attached.bos_active, attached.bos_token_id is not None
     try:
-        with quietly(model), interface.observed(show, want_lse=False):
+        with quietly(model), interface.observed(show, of=model, want_lse=False):
             model(input_ids=ids_BT, use_cache=False)
     finally:
         attached.bos_active = before

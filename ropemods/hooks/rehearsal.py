@@ -102,7 +102,7 @@ def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Modu
     before = attached.bos_active, attached.shared_active
     attached.bos_active, attached.shared_active = attached.wants_bos, attached.wants_shared
     try:
-        with interface.asked(note):
+        with interface.asked(model, note):
             model(input_ids=ids, use_cache=False)
     finally:
         attached.bos_active, attached.shared_active = before
@@ -222,7 +222,7 @@ def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: 
 
 
 def _call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> interface.Asked:
-    with interface.asked(_stop):
+    with interface.asked(module, _stop):
         try:
             module(*args, **kwargs)
         except _Reached as reached:
