@@ -26,6 +26,7 @@ from ropemods.hooks import (
     embedding,
     inputs,
     interface,
+    origin,
     partition,
     probe,
     record,
@@ -50,6 +51,8 @@ class Attached:
     backend: str
     bos_token_id: int | None
     handles: list
+    at_path: dict[str, float]
+    """The strengths in the checkpoint that the model was loaded from."""
     wants_bos: bool = False
     """Whether layers or the embedding must be told where the BOS is, once strengths are above 0."""
     wants_shared: bool = False
@@ -82,6 +85,13 @@ def apply(
             "this model's checkpoint records modifications, and transformers' own loading has not put them on; load it "
             "with ropemods.from_pretrained(path), and ropemods.remove(model) first if you want others"
         )
+    unloaded = partition.without_memory(inner)
+    if unloaded:
+        raise ValueError(
+            f"this model has no weights yet ({unloaded[0]} and {len(unloaded) - 1} more are on the meta device), and "
+            "apply runs it once to see what its attention does; load the weights first, or use "
+            "ropemods.from_pretrained for a checkpoint that is modified already"
+        )
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
     try:
@@ -93,7 +103,7 @@ def apply(
             for _, stage in _stages_of(embeds):
                 stage.measure(embeds)
         if calibration is not None:
-            probe.calibrate(inner, calibration.to(inner.device))
+            probe.calibrate(inner, calibration.to(partition.home(inner)))
         set_strength(inner, strength)
     except BaseException:
         _detach(inner)
@@ -113,6 +123,7 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
         backend=interface.backend_of(model),
         bos_token_id=bos_token_id,
         handles=[],
+        at_path={mod.kind: 0.0 for mod in mods},
     )
     attached = model.ropemods_attached
     scored = False
@@ -202,11 +213,12 @@ def _layer_stage(mod: Mod, layer: nn.Module, count: int) -> Stage | None:
 
 
 def _placed(stages: Stages, beside: nn.Module, dtype: torch.dtype) -> Stages:
-    """On the device of its neighbours and in the model's dtype, which sharding needs to be uniform."""
-    tensor = next(beside.parameters(), None)
-    device = None if tensor is None else tensor.device
-    if any(t.is_meta for t in (*stages.parameters(), *stages.buffers())):
+    """On the device that its neighbours compute on and in the model's dtype, which sharding needs to be uniform."""
+    device = partition.home(beside)
+    if device is not None and device.type == "meta":
         device = None  # a load is under way, and gives memory to everything
+    elif device is not None:  # beside offloaded weights what was made like them has no memory yet
+        stages._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     return stages.to(device=device, dtype=dtype).train(beside.training)
 
 
@@ -217,6 +229,8 @@ def _stages_of(module: nn.Module) -> list[tuple[str, Stage]]:
 
 def finish(model: PreTrainedModel) -> None:
     """What needs a loaded model: pristine tables, constants no checkpoint holds, how rotary channels are paired."""
+    if (stages := embedding.stages_of(model.get_input_embeddings())) is not None:
+        partition.keep_here(stages)
     rotary.forget(model)
     found = prepare_sites(model)
     layers = [layer for _, layer in found]
@@ -261,6 +275,7 @@ def refresh(model: PreTrainedModel) -> None:
         if mod.layers is not None:
             model.ropemods_twins.active = edit is not None
     record.write(model, attached.mods, alpha, attached.rope_parameters)
+    origin.mark(model, differs=alpha != attached.at_path)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -283,6 +298,7 @@ def _detach(model: PreTrainedModel) -> None:
         interface.use_stock([layer for _, layer in attention_layers(model)])
         record.show_own(model)
         record.erase(model, attached.rope_parameters)
+        origin.mark(model, differs=False)
     for module in list(model.modules()):
         for name in [n for n in vars(module) if n.startswith("ropemods_")]:
             delattr(module, name)
