@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -94,6 +95,7 @@ def apply(
         )
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
+    _forget_compiled()
     try:
         attach(inner, list(mods))
         finish(inner)
@@ -109,6 +111,12 @@ def apply(
         _detach(inner)
         raise
     return model
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile trace anew whatever it has compiled: its graphs do not notice hooks that come and go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
@@ -282,6 +290,7 @@ def remove(model: nn.Module) -> nn.Module:
     """Take every modification off a model, in place, and return it: exactly the stock model again."""
     inner = base_model(model)
     _attached(inner)
+    _forget_compiled()
     _detach(inner)
     return model
 
