@@ -105,7 +105,7 @@ def position_in_layer_0(model: PreTrainedModel) -> str | None:
             logits.append((rows.q_BHTD @ key.transpose(2, 3) * rows.scale)[..., :16].double())
             queries.append(rows.q_BHTD)
 
-    with torch.no_grad(), listening(model) as listened, observed(look, want_lse=False):
+    with torch.no_grad(), listening(model) as listened, observed(look, of=model, want_lse=False):
         first = listened.sites[0]
         for each in (ids, other):
             model(input_ids=each, use_cache=False)

@@ -244,7 +244,7 @@ class Bench:
         sums = Sums(protocol)
         with listening(model) as listened:
             observer = Observer(listened, sums, everything=protocol.mask_term)
-            with observed(observer, want_lse=True):
+            with observed(observer, of=model, want_lse=True):
                 for tokens_BT in read(crops, protocol, sums, observer, progress=None):
                     sums.add_loss(observer.groups_B, losses(forward(model, tokens_BT), tokens_BT))
         loss = held_out_loss(sums)

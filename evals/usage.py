@@ -85,7 +85,7 @@ def pairs(model: nn.Module, tokenizer: Any, documents: Documents, p: dict[str, A
                 key = (order[id(site)], side)
                 sums[key] = sums.get(key, torch.zeros(())) + norms_HF
 
-        with observed(observe, want_lse=False):
+        with observed(observe, of=model, want_lse=False):
             for part in crops.tokens_NT.split(16):
                 forward(model, part)
         layers = range(len(listened.sites))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,17 +24,20 @@ from transformers import PreTrainedModel
 from ropemods.attention.paths import chosen
 from ropemods.hooks import (
     adapters,
+    embedding,
     inputs,
     interface,
+    origin,
     partition,
     probe,
     record,
     rehearsal,
     rotary,
     selective,
+    unchanged,
     zero_states,
 )
-from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of
+from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of, uncompiled
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage
 
@@ -49,6 +53,8 @@ class Attached:
     backend: str
     bos_token_id: int | None
     handles: list
+    at_path: dict[str, float]
+    """The strengths in the checkpoint that the model was loaded from."""
     wants_bos: bool = False
     """Whether layers or the embedding must be told where the BOS is, once strengths are above 0."""
     wants_shared: bool = False
@@ -75,7 +81,7 @@ def apply(
     """
     inner = base_model(model)
     _check_alpha(strength)
-    if model is not inner and any(mod.trains for mod in mods):
+    if uncompiled(model) is not inner and any(mod.trains for mod in mods):
         raise ValueError(
             "these modifications train parameters, and a PEFT model trains and saves only what its config names; "
             "apply them first, then get_peft_model(model, LoraConfig(..., modules_to_save=['ropemods']))"
@@ -87,23 +93,37 @@ def apply(
             "this model's checkpoint records modifications, and transformers' own loading has not put them on; load it "
             "with ropemods.from_pretrained(path), and ropemods.remove(model) first if you want others"
         )
+    unloaded = partition.without_memory(inner)
+    if unloaded:
+        raise ValueError(
+            f"this model has no weights yet ({unloaded[0]} and {len(unloaded) - 1} more are on the meta device), and "
+            "apply runs it once to see what its attention does; load the weights first, or use "
+            "ropemods.from_pretrained for a checkpoint that is modified already"
+        )
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
+    _forget_compiled()
     try:
         attach(inner, list(mods))
         finish(inner)
         rehearsal.check_dropout(inner)
-        embedding = inner.get_input_embeddings()
-        with partition.gathered(embedding):
-            for _, stage in _stages_of(embedding):
-                stage.measure(embedding)
+        embeds = inner.get_input_embeddings()
+        with partition.gathered(embeds):
+            for _, stage in _stages_of(embeds):
+                stage.measure(embeds)
         if calibration is not None:
-            probe.calibrate(inner, calibration.to(inner.device))
+            probe.calibrate(inner, calibration.to(partition.home(inner)))
         set_strength(inner, strength)
     except BaseException:
         _detach(inner)
         raise
     return model
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile trace anew whatever it has compiled: its graphs do not notice hooks that come and go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
@@ -118,6 +138,7 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
         backend=interface.backend_of(model),
         bos_token_id=bos_token_id,
         handles=[],
+        at_path={mod.kind: 0.0 for mod in mods},
     )
     attached = model.ropemods_attached
     scored = False
@@ -129,15 +150,16 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
     shared = _stages(mods, lambda mod: mod.shared_stage())
     if shared is not None:
         model.ropemods = _placed(shared, model, model.dtype)
-    embedding = model.get_input_embeddings()
+    embeds = model.get_input_embeddings()
     stages = _stages(mods, lambda mod: mod.embedding_stage(bos_token_id) if bos_token_id is not None else None)
     if stages is not None:
         for _, stage in stages.stages():
-            stage.allocate(embedding)
-        embedding.ropemods = _placed(stages, embedding, model.dtype)
-        attached.handles.append(inputs.install_embedding(embedding))
+            stage.allocate(embeds)
+        embeds.ropemods = _placed(stages, embeds, model.dtype)
+        embedding.install(model)
     if any(mod.zeroes_states for mod in mods):
         attached.handles += zero_states.install(model)
+    attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
     attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
@@ -221,11 +243,12 @@ def _layer_stage(mod: Mod, layer: nn.Module, count: int) -> Stage | None:
 
 
 def _placed(stages: Stages, beside: nn.Module, dtype: torch.dtype) -> Stages:
-    """On the device of its neighbours and in the model's dtype, which sharding needs to be uniform."""
-    tensor = next(beside.parameters(), None)
-    device = None if tensor is None else tensor.device
-    if any(t.is_meta for t in (*stages.parameters(), *stages.buffers())):
+    """On the device that its neighbours compute on and in the model's dtype, which sharding needs to be uniform."""
+    device = partition.home(beside)
+    if device is not None and device.type == "meta":
         device = None  # a load is under way, and gives memory to everything
+    elif device is not None:  # beside offloaded weights what was made like them has no memory yet
+        stages._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     return stages.to(device=device, dtype=dtype).train(beside.training)
 
 
@@ -236,6 +259,8 @@ def _stages_of(module: nn.Module) -> list[tuple[str, Stage]]:
 
 def finish(model: PreTrainedModel) -> None:
     """What needs a loaded model: pristine tables, constants no checkpoint holds, how rotary channels are paired."""
+    if (stages := embedding.stages_of(model.get_input_embeddings())) is not None:
+        partition.keep_here(stages)
     rotary.forget(model)
     found = prepare_sites(model)
     layers = [layer for _, layer in found]
@@ -285,12 +310,14 @@ def refresh(model: PreTrainedModel) -> None:
         if mod.layers is not None:
             model.ropemods_twins.active = edit is not None
     record.write(model, attached.mods, alpha, attached.rope_parameters)
+    origin.mark(model, differs=alpha != attached.at_path)
 
 
 def remove(model: nn.Module) -> nn.Module:
     """Take every modification off a model, in place, and return it: exactly the stock model again."""
     inner = base_model(model)
     _attached(inner)
+    _forget_compiled()
     _detach(inner)
     return model
 
@@ -301,6 +328,7 @@ def _detach(model: PreTrainedModel) -> None:
     if attached is not None:
         for handle in attached.handles:
             handle.remove()
+        embedding.uninstall(model)
         for table in rotary.tables(model):
             table.write(None)
             table.release()
@@ -310,6 +338,7 @@ def _detach(model: PreTrainedModel) -> None:
             interface.use_interface(model, layers)
         record.show_own(model)
         record.erase(model, attached.rope_parameters)
+        origin.mark(model, differs=False)
     for module in list(model.modules()):
         for name in [n for n in vars(module) if n.startswith("ropemods_")]:
             delattr(module, name)
@@ -321,6 +350,7 @@ def summary(model: nn.Module) -> str:
     """One line a modification: where it acts, its strength, what trains; then backend, portability and totals."""
     inner = base_model(model)
     attached = _attached(inner)
+    unchanged.check(inner)
     count = len(attention_layers(inner))
     lines = []
     for mod in attached.mods:
@@ -331,12 +361,10 @@ def summary(model: nn.Module) -> str:
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
     portable = "yes" if record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
     total = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters())
-    kernels = ""
-    if attached.backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
+    backend, kernels = interface.backend_of(inner), ""
+    if backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
         kernels = f", kernels: {chosen(inner.device)}"
-    lines.append(
-        f"attention: {attached.backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}"
-    )
+    lines.append(f"attention: {backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}")
     return "\n".join(lines)
 
 

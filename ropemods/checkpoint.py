@@ -7,6 +7,7 @@ would not give the same model, the rope type is one that stock transformers refu
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import apply, attach, finish, refresh
-from ropemods.hooks import adapters, folding, native, record
+from ropemods.hooks import adapters, folding, native, record, unchanged
 from ropemods.hooks.partition import gathered
-from ropemods.hooks.sites import base_model
+from ropemods.hooks.sites import base_model, uncompiled
 from ropemods.mods.base import Stage
 
 
@@ -46,8 +47,19 @@ def from_pretrained(
     model = _load(path, config, found, hf_kwargs)
     finish(model)
     model.ropemods_attached.strength.update(found.strength)
+    model.ropemods_attached.at_path.update(found.strength)
     refresh(model)
     return model
+
+
+def recorded_strength(path: str | os.PathLike[str]) -> dict[str, float] | None:
+    """The strengths that a checkpoint or an adapter directory records; None where it records none."""
+    if adapters.is_adapter(path):
+        _, described = adapters.read(path)
+        return None if described is None else record.parse(described).strength
+    config = Path(path) / "config.json"
+    entry = json.loads(config.read_text(encoding="utf-8")).get("ropemods") if config.is_file() else None
+    return None if entry is None else record.parse(entry).strength
 
 
 def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +76,11 @@ def _load(
 ) -> PreTrainedModel:
     """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
     cls = _class_of(config, hf_kwargs)
+    places = hf_kwargs.get("device_map")
+    if isinstance(places, dict) and "" not in places and any(mod.shared_stage() is not None for mod in found.mods):
+        # A map that names every part of the stock model does not know of what all its layers share.
+        first = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+        hf_kwargs = hf_kwargs | {"device_map": {"ropemods": first} | places}
 
     def __init__(self, *args, **kwargs):
         cls.__init__(self, *args, **kwargs)
@@ -154,12 +171,15 @@ def _base(path: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> PreTrained
 
 def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a stock checkpoint that any engine runs as this model, or say which modification stands in the way."""
-    if model is not base_model(model):
+    if uncompiled(model) is not base_model(model):
         raise ValueError("this is a PEFT model; merge the adapter first: model = model.merge_and_unload()")
     inner = base_model(model)
     attached = getattr(inner, "ropemods_attached", None)
     if attached is None:
         raise ValueError("this model has no modifications, so save_pretrained already writes a stock checkpoint")
+    unchanged.check(inner)
+    if any(parameter.is_meta for parameter in inner.parameters()):
+        raise ValueError("parts of this model are offloaded; load it whole (without device_map) to export it")
     active = [mod for mod in attached.mods if attached.strength[mod.kind] > 0]
     for mod in active:
         reason = mod.export_obstacle()

@@ -10,7 +10,8 @@ With t = (step − delay) / steps, kept within 0 and 1, where `step` counts the 
 
 The strength is a function of the global step and of nothing else, so a run that is resumed from any checkpoint goes on
 where it was, and checkpoints and evaluations made at a step see the strength of that step. It is exactly 1 at the end:
-a run too short for its schedule is an error before the first step.
+a run too short for its schedule is an error before the first step. Where the Trainer ends by loading its best model
+(`load_best_model_at_end`), the strength is then the one that the best checkpoint records.
 
 It is a callback of transformers' Trainer, hence of TRL's SFTTrainer too, and works on what they wrap: PEFT, DDP, FSDP,
 DeepSpeed. The strength is logged beside every loss. Reporters that the Trainer makes itself from `report_to` are called
@@ -26,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ropemods.attach import set_strength
+from ropemods.checkpoint import recorded_strength
 
 Shape = Literal["cosine", "linear", "hard"]
 
@@ -76,6 +78,25 @@ class StrengthSchedule(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Evaluation, logs and checkpoints come between this and the next step's beginning.
         self._move(state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint
+        if not args.load_best_model_at_end or best is None:
+            return
+        # The Trainer has put the best checkpoint's weights into the model, and they were trained at its strength.
+        recorded = recorded_strength(best)
+        if recorded is None:
+            raise ValueError(
+                f"the weights of {best} were loaded at the end, and neither a config.json nor an adapter there says at "
+                "which strength they were trained; set it with ropemods.set_strength(model, schedule.at(step)), or "
+                "leave load_best_model_at_end out"
+            )
+        for kind, strength in recorded.items():
+            if self.kind in (None, kind):
+                set_strength(unwrapped(kwargs["model"]), strength, kind)
+        self._set = None
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any

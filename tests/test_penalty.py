@@ -78,7 +78,7 @@ def naive_deviations(model: nn.Module, ids: Tensor) -> Tensor:
         far = torch.stack([r[i] for i in late]).mean(0)
         found.append(torch.stack([r[i] - far for i in range(start, stop)], 1))
 
-    with interface.passing(layers), interface.asked(listen):
+    with interface.passing(layers), interface.asked(model, listen):
         model(input_ids=ids, use_cache=False)
     return torch.stack(found[1:])
 

@@ -36,7 +36,7 @@ def trainer(folder: Path, model: nn.Module, *callbacks: TrainerCallback, **argum
     }  # fmt: skip
     args = TrainingArguments(str(folder), **(settings | arguments))
     rows = [{"input_ids": ids, "labels": ids} for ids in ids_NT]
-    return Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
+    return Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks))
 
 
 class Seen(TrainerCallback):
@@ -141,3 +141,24 @@ def test_a_run_too_short_for_its_schedule_stops_before_the_first_step(tmp_path: 
 def test_a_schedule_for_a_kind_the_model_lacks_says_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncated_rope, learned_sink"):
         trainer(tmp_path, model(), StrengthSchedule(steps=4, kind="unrotated_bos")).train()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_best_model_at_the_end_has_the_strength_it_was_trained_at(tmp_path: Path, adapter: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    made: nn.Module = model((rm.TruncatedRoPE(0.5), rm.LearnedSink(init=0.3)))
+    made.save_pretrained(tmp_path / "base")
+    made.name_or_path = str(tmp_path / "base")
+    if adapter:
+        made = get_peft_model(made, LoraConfig(target_modules=["q_proj"], modules_to_save=["ropemods"]))
+    run = trainer(
+        tmp_path, made, StrengthSchedule(steps=4, shape="linear"), save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, learning_rate=0.1,
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")  # so large a learning rate only harms
+    ids = torch.tensor([[0, 5, 6, 7, 8]])
+    best = rm.from_pretrained(tmp_path / "checkpoint-1").eval()
+    torch.testing.assert_close(made.eval()(ids).logits, best(ids).logits, rtol=1e-6, atol=1e-6)
+    assert "strength 0.25" in rm.summary(made)

@@ -1,8 +1,9 @@
 """PEFT adapters: an adapter directory holds no base config, so the description of the modifications is put beside it.
 
-PEFT offers no extension point where it writes an adapter, so its `save_pretrained` is wrapped; for models without
-modifications the wrapper does nothing. Beside `adapter_config.json` it writes `ropemods.json`, and it renames the
-adapter's `peft_type`, so that PEFT on its own refuses the adapter instead of running it on the unmodified base.
+Neither PEFT nor transformers (`model.add_adapter`) offers an extension point where it writes or reads an adapter, so
+their `save_pretrained` and PEFT's `load_adapter` are wrapped; for models without modifications the wrappers do nothing.
+Beside `adapter_config.json` goes `ropemods.json`, and the adapter's `peft_type` is renamed, so that PEFT on its own
+refuses the adapter instead of running it on the unmodified base.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ropemods.atomic import write_text
+from ropemods.hooks.record import parse
 from ropemods.hooks.sites import Stages, base_model
+from ropemods.mods import Mod
 
 FILE = "ropemods.json"
 PREFIX = "ROPEMODS+"
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Wraps PEFT's saving when PEFT is imported, so that neither apply nor `import ropemods` has to import it."""
+    """Wraps PEFT's methods when PEFT is imported, so that neither apply nor `import ropemods` has to import it."""
 
     def find_spec(self, name: str, path, target=None):
         if name != "peft":
@@ -38,58 +43,110 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
             def exec_module(module) -> None:
                 load(module)
-                _wrap_saving(module.PeftModel)
+                _wrap_peft(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def watch_saving() -> None:
-    """See to it that PEFT's `save_pretrained` is wrapped, now or when PEFT is imported; once."""
+    """See to it that what saves and loads adapters is wrapped, PEFT's own now or when PEFT is imported; once."""
+    _wrap(PreTrainedModel, "save_pretrained", _saving_native)
     if "peft" in sys.modules:
-        _wrap_saving(sys.modules["peft"].PeftModel)
+        _wrap_peft(sys.modules["peft"])
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())
 
 
-def _wrap_saving(peft_model: Any) -> None:
-    if hasattr(peft_model.save_pretrained, "ropemods"):
+def _wrap_peft(peft: Any) -> None:
+    _wrap(peft.PeftModel, "save_pretrained", _saving)
+    _wrap(peft.PeftModel, "load_adapter", _loading)
+
+
+def _wrap(cls: Any, name: str, around: Callable[..., Any]) -> None:
+    """Put `around(stock, self, ...)` in the place of a method."""
+    stock = getattr(cls, name)
+    if hasattr(stock, "ropemods"):
         return
-    stock = peft_model.save_pretrained
 
     @functools.wraps(stock)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        inner = base_model(self)
-        modified = getattr(inner, "ropemods_attached", None) is not None
-        if modified:
-            _check_saved(inner)
-        result = stock(self, save_directory, *args, **kwargs)
-        if modified and kwargs.get("is_main_process", True):
-            chosen = kwargs.get("selected_adapters") or list(self.peft_config)
-            for adapter in chosen:
-                folder = Path(save_directory) / ("" if adapter == "default" else adapter)
-                _describe(folder, inner.config.ropemods)
-        return result
+    def method(self, *args, **kwargs):
+        return around(stock, self, *args, **kwargs)
 
-    save_pretrained.ropemods = True  # type: ignore[attr-defined]
-    peft_model.save_pretrained = save_pretrained
+    method.ropemods = True  # type: ignore[attr-defined]
+    setattr(cls, name, method)
 
 
-def _check_saved(inner: nn.Module) -> None:
-    """Parameters of the modifications are saved only if PEFT was told of them."""
-    unsaved = [
-        name
+def _modified(model: nn.Module) -> bool:
+    return getattr(model, "ropemods_attached", None) is not None
+
+
+def _saving(stock: Callable, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    inner = base_model(model)
+    if not _modified(inner):
+        return stock(model, save_directory, *args, **kwargs)
+    chosen = kwargs.get("selected_adapters") or list(model.peft_config)
+    _check_saved(inner, chosen)
+    result = stock(model, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        for adapter in chosen:
+            _describe(Path(save_directory) / ("" if adapter == "default" else adapter), inner.config.ropemods)
+    return result
+
+
+def _saving_native(stock: Callable, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a transformers model that has been given an adapter of its own, which is then all that it saves."""
+    if not (_modified(model) and getattr(model, "_hf_peft_config_loaded", False)):
+        return stock(model, save_directory, *args, **kwargs)
+    _check_saved(model, model.active_adapters())
+    result = stock(model, save_directory, *args, **kwargs)
+    if args[0] if args else kwargs.get("is_main_process", True):
+        _describe(Path(save_directory), model.config.ropemods)
+    return result
+
+
+def _loading(stock: Callable, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """One more adapter beside those that a model has: its base must be modified as the adapter was trained with."""
+    if adapter_name in model.peft_config or not (Path(model_id) / FILE).is_file():
+        return stock(model, model_id, adapter_name, *args, **kwargs)
+    config, described = read(model_id)
+    wanted, attached = parse(described), getattr(base_model(model), "ropemods_attached", None)
+    found = (attached.mods, attached.strength) if attached is not None else ([], {})
+    if found != (wanted.mods, wanted.strength):
+        raise ValueError(
+            f"the adapter in {model_id} was trained with {_words(wanted.mods, wanted.strength)}, and this model has "
+            f"{_words(*found)}; load it on its own with ropemods.from_pretrained, or give the base model the same "
+            "modifications and strengths first"
+        )
+    trainable = args[0] if args else kwargs.get("is_trainable", False)
+    config.inference_mode = not trainable
+    model.add_adapter(adapter_name, config)
+    if trainable:
+        model.set_requires_grad(adapter_name)
+    return stock(model, model_id, adapter_name, *args, **kwargs)
+
+
+def _words(mods: list[Mod], strength: dict[str, float]) -> str:
+    return ", ".join(f"{mod} at strength {strength[mod.kind]:g}" for mod in mods) or "no modification"
+
+
+def _check_saved(inner: nn.Module, adapters: list[str]) -> None:
+    """Parameters of the modifications are saved with an adapter only if PEFT was told of them."""
+    places = [
+        module
         for name, module in inner.named_modules()
-        if isinstance(module, Stages)
+        if name.rpartition(".")[2] == "ropemods"
         and "modules_to_save" not in name
         and "original_module" not in name
         and any(True for _ in module.parameters())
     ]
-    if unsaved:
-        raise ValueError(
-            f"the modifications have parameters ({unsaved[0]} and {len(unsaved) - 1} more places) that this adapter "
-            "neither trained nor saves; make it with LoraConfig(..., modules_to_save=['ropemods'])"
-        )
+    for adapter in adapters:
+        unsaved = [p for p in places if isinstance(p, Stages) or adapter not in p.modules_to_save]
+        if unsaved:
+            raise ValueError(
+                f"the modifications have parameters (in {len(unsaved)} places) that the adapter {adapter!r} neither "
+                "trained nor saves; make it with LoraConfig(..., modules_to_save=['ropemods'])"
+            )
 
 
 def _describe(folder: Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Hooks at the model's entrance: where the BOS stands, shared values, and the input embedding.
+"""Hooks at the model's entrance: where the BOS stands, and shared values.
 
 What they find travels to the attention layers as keyword arguments, which every transformers decoder hands down to its
 attention function. So each forward pass carries its own, and a gradient-checkpointed layer is recomputed with the ones
@@ -21,6 +21,7 @@ from ropemods import bos
 from ropemods.attention.rows import shown
 from ropemods.hooks import memory
 from ropemods.hooks.checked import checked
+from ropemods.hooks.sites import entrances
 from ropemods.mods.base import Call
 
 BOS, SHARED = "ropemods_bos", "ropemods_shared"
@@ -29,26 +30,19 @@ BOS, SHARED = "ropemods_bos", "ropemods_shared"
 def install(model: PreTrainedModel) -> list:
     """Hook the model and the decoder inside it, so that either may be called; returns what removes the hooks."""
     handles = []
-    decoder = decoder_of(model)
-    for entrance in dict.fromkeys((model, decoder)):
+    for entrance in entrances(model):
         parameters = inspect.signature(type(entrance).forward).parameters
         entrance.ropemods_parameters = list(parameters)[1:]
         entrance.ropemods_open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         handles.append(entrance.register_forward_pre_hook(_before, with_kwargs=True))
         handles.append(entrance.register_forward_hook(_after, with_kwargs=True))
+        entrance.ropemods_owner = [model]  # in a list, so that the model does not become its own descendant
     memory.follow_caches()
+    decoder = entrances(model)[-1]
     # The decoder knows the positions best; a model around it that hands on what it found need not remember it too.
     model.ropemods_remembers = model is decoder or not decoder.ropemods_open
     decoder.ropemods_remembers = True
-    decoder.ropemods_owner = [model]  # in a list, so that the model does not become its own descendant
-    model.ropemods_owner = [model]
     return handles
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    decoder = model.get_decoder()
-    # A few models call their output layer the decoder.
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def carry(model: PreTrainedModel, layers: list[nn.Module], rotary_modules: list[nn.Module]) -> list:
@@ -252,12 +246,3 @@ def _mask(given: dict[str, Any]) -> Tensor | None:
 def _positions(given: dict[str, Any], batch: int) -> Tensor | None:
     positions = given.get("position_ids")
     return positions.expand(batch, -1) if isinstance(positions, Tensor) and positions.ndim == 2 else None
-
-
-def install_embedding(embedding: nn.Module):
-    return embedding.register_forward_hook(_after_embedding, with_kwargs=True)
-
-
-def _after_embedding(embedding: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    ids = args[0] if args else kwargs["input"]
-    return embedding.ropemods(output, ids, embedding)

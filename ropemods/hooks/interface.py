@@ -73,13 +73,9 @@ class Asked:
         return own | {"attention_mask": mask}
 
 
-_listeners: list[Callable[[Asked], None]] = []
-
 Observer = Callable[[AttentionSite, Rows, Call, Tensor | None], Tensor | None]
 """Called with each layer's rows as its kernel sees them, and the log of each row's denominator (B, H, T). What it
 returns, if anything, is added to the heads' output (B, H, T, D): an intervention."""
-
-_observers: list[tuple[Observer, bool]] = []
 
 
 def backend_of(model: PreTrainedModel) -> str:
@@ -130,13 +126,20 @@ def passing(layers: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asked(listener: Callable[[Asked], None]) -> Iterator[None]:
-    """While open, `listener` is shown every attention call before it is answered."""
-    _listeners.append(listener)
+def asked(model: nn.Module, listener: Callable[[Asked], None]) -> Iterator[None]:
+    """While open, `listener` is shown every attention call of a model (or of one layer) before it is answered."""
+    sites = _sites(model)
+    for site in sites:
+        site.listeners.append(listener)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        for site in sites:
+            site.listeners.remove(listener)
+
+
+def _sites(model: nn.Module) -> list[AttentionSite]:
+    return [site for module in model.modules() if (site := site_of(module)) is not None]
 
 
 def use_stock(layers: list[nn.Module]) -> None:
@@ -152,14 +155,16 @@ def leave(layers: list[nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def observed(observer: Observer, *, want_lse: bool) -> Iterator[None]:
-    """While open, `observer` sees every attention call that goes through ropemods."""
-    entry = (observer, want_lse)
-    _observers.append(entry)
+def observed(observer: Observer, *, of: nn.Module, want_lse: bool) -> Iterator[None]:
+    """While open, `observer` sees every attention call of the model `of` that goes through ropemods."""
+    entry, sites = (observer, want_lse), _sites(of)
+    for site in sites:
+        site.observers.append(entry)
     try:
         yield
     finally:
-        _observers.remove(entry)
+        for site in sites:
+            site.observers.remove(entry)
 
 
 def stock(backend: str, layer: nn.Module) -> Callable:
@@ -187,12 +192,12 @@ def _attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     this: Pass | None = kwargs.pop(PASS, None)
-    for listener in _listeners:
+    site = site_of(module)
+    for listener in () if site is None else site.listeners:
         options = {"scaling": scaling, "dropout": dropout} | kwargs
         listener(Asked(backend, module, query, key, value, attention_mask, options))
     bos, shared = kwargs.pop(BOS, None), kwargs.pop(SHARED, None)
-    site = site_of(module)
-    if site is None or not (site.active or _observers):
+    if site is None or not (site.active or site.observers):
         own = stock(backend, module)
         if this is not None:
             query, key = _through(
@@ -283,15 +288,15 @@ def _attend(
     if backend != "eager" and rows.temperature is not None and _weighs(rows.mask):
         # The fused entropy knows a mask that hides keys, not one that adds to their logits.
         rows = eager.tempered(rows)
-    if _observers:
+    if site.observers:
         rows = attend.tempered(rows)
-    want_lse = any(wanted for _, wanted in _observers)
+    want_lse = any(wanted for _, wanted in site.observers)
     weights = None
     if backend == "eager":
         out, weights, lse = eager.attend(rows, training=training)
     else:
         out, lse = fused.attend(rows, want_lse=want_lse)
-    for observer, _ in _observers:
+    for observer, _ in site.observers:
         change = observer(site, rows, call, lse)
         out = out if change is None else out + change
     return out.transpose(1, 2).contiguous(), weights

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from ropemods.hooks import interface, probe
+from ropemods.hooks import interface, probe, unchanged
 from ropemods.hooks.rotary import Table
 from ropemods.hooks.sites import AttentionSite, attention_layers, base_model, prepare_sites, site_of
 from ropemods.mods.base import Layout
@@ -45,6 +45,8 @@ def listening(model: nn.Module) -> Iterator[Listened]:
     """Open, `interface.observed` sees every attention layer of the model, which runs in evaluation mode."""
     inner = base_model(model)
     modified = getattr(inner, "ropemods_attached", None) is not None
+    if modified:
+        unchanged.check(inner)
     known = {id(module): set(vars(module)) for module in inner.modules()}
     layers = attention_layers(inner) if modified else prepare_sites(inner)
     configs = {id(layer.config): layer.config for _, layer in layers}.values()

@@ -1,19 +1,30 @@
-"""Parameters that DeepSpeed ZeRO-3 has spread over ranks, made whole while they are read or written."""
+"""Parameters that are elsewhere: spread over ranks by DeepSpeed ZeRO-3, or offloaded to memory or disk by accelerate.
+
+Between forward passes an offloaded parameter has no memory of its own (it is on the meta device), and the hook that
+accelerate has put on its module knows where it computes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 
 @contextlib.contextmanager
 def gathered(*modules: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds the whole parameters of `modules`; what it wrote to them is kept."""
+    """Inside, every rank holds the whole parameters of `modules`; what it wrote to those spread over ranks is kept."""
     spread = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
     if not spread:
-        yield
+        with contextlib.ExitStack() as stack:
+            for part in (part for module in modules for part in module.modules() if _offloads(part)):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(part))
+            yield
         return
     import deepspeed
 
@@ -54,3 +65,44 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
             handle.remove()
         for _, stack in reversed(opened):
             stack.close()
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate has put on one module."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
+
+
+def _offloads(module: nn.Module) -> bool:
+    return any(getattr(hook, "offload", False) for hook in _hooks(module))
+
+
+def keep_here(module: nn.Module) -> None:
+    """Take accelerate's hooks off a small module, whose values then stay where it computes.
+
+    They move every argument of the module to its device, and one that is a module with offloaded weights cannot move.
+    """
+    if any(_hooks(part) for part in module.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module, recurse=True)
+
+
+def home(module: nn.Module) -> torch.device | None:
+    """The device that a module computes on; None where it has no parameters."""
+    for part in module.modules():
+        for hook in _hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    tensor = next(module.parameters(), None)
+    return None if tensor is None else tensor.device
+
+
+def without_memory(model: nn.Module) -> list[str]:
+    """The parameters that have no values anywhere: of a model that was made on the meta device and not loaded."""
+    return [
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta and not _hooks(module)
+    ]

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ropemods.attention.rows import Rows
-from ropemods.hooks.inputs import decoder_of
 from ropemods.hooks.runs import runs_of
+from ropemods.hooks.sites import entrances
 from ropemods.leakage import deviations
 from ropemods.leakage.deviations import Plan, Read
 
@@ -199,7 +199,7 @@ class Owner(Protocol):
 
 def install(model: PreTrainedModel, owner: Owner) -> list:
     """Hook the decoder and the model around it; returns what removes the hooks."""
-    decoder = decoder_of(model)
+    decoder = entrances(model)[-1]
     parameters = inspect.signature(type(decoder).forward).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(

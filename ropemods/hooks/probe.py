@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ropemods.attention import autocast
 from ropemods.attention.rows import Rows
 from ropemods.hooks import interface, rotary
-from ropemods.hooks.partition import gathered
+from ropemods.hooks.partition import gathered, home
 from ropemods.hooks.sites import AttentionSite, Stages, attention_layers, site_of
 from ropemods.mods.base import Call, Layout
 
@@ -37,6 +37,13 @@ def quietly(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Without the autocast that the caller may have entered: what is learned is to hold outside of it too."""
+    with torch.autocast(device_type=(home(model) or model.device).type, enabled=False):
+        yield
+
+
 def layout(model: PreTrainedModel) -> Layout | None:
     """How the model pairs the channels it rotates; None if in no known way. See `rotary.find_layout`."""
     name, first = attention_layers(model)[0]
@@ -47,21 +54,21 @@ def layout(model: PreTrainedModel) -> Layout | None:
     attached = getattr(model, "ropemods_attached", None)
     # Modifications that are active refuse a sequence without BOS; only the second token is looked at.
     first_token = vocabulary // 3 if attached is None or attached.bos_token_id is None else attached.bos_token_id
-    ids = torch.tensor([[first_token, vocabulary // 2]], device=model.device)
+    ids = torch.tensor([[first_token, vocabulary // 2]], device=home(model))
 
     def stop(_: AttentionSite, rows: Rows, __: Call, ___: Tensor | None) -> None:
         raise _Reached(rows.q_BHTD)
 
     def first_queries() -> Tensor:
         try:
-            with interface.observed(stop, want_lse=False):
+            with interface.observed(stop, of=model, want_lse=False):
                 model(input_ids=ids, use_cache=False)
         except _Reached as reached:
             return reached.queries
         raise RuntimeError(f"a forward pass of {type(model).__name__} did not reach its attention layer {name}")
 
     block = model.get_submodule(name.rpartition(".")[0])
-    with quietly(model), gathered(model.get_input_embeddings(), block):
+    with quietly(model), in_full_precision(model), gathered(model.get_input_embeddings(), block):
         found = rotary.find_layout(site.table, first_queries)
     return None if found is None else found[0]
 
@@ -79,7 +86,7 @@ def calibrate(model: PreTrainedModel, ids_BT: Tensor) -> None:
     attached = model.ropemods_attached
     before, attached.bos_active = attached.bos_active, attached.bos_token_id is not None
     try:
-        with quietly(model), interface.observed(show, want_lse=False):
+        with quietly(model), in_full_precision(model), interface.observed(show, of=model, want_lse=False):
             model(input_ids=ids_BT, use_cache=False)
     finally:
         attached.bos_active = before

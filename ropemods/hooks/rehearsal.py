@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from ropemods.attention import eager
 from ropemods.hooks import interface, rotary
 from ropemods.hooks.inputs import BOS, SHARED, carry
-from ropemods.hooks.partition import gathered_in_turn
-from ropemods.hooks.probe import quietly
+from ropemods.hooks.partition import gathered_in_turn, home
+from ropemods.hooks.probe import in_full_precision, quietly
 from ropemods.hooks.rotary import Table
 from ropemods.hooks.sites import Stages, attention_layers
 from ropemods.mods.base import Mod
@@ -52,7 +52,7 @@ def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> Non
     """Refuse what the modifications of this model cannot work on, and find what turns each layer's queries."""
     modules = [layer for _, layer in layers]
     attached = model.ropemods_attached
-    with quietly(model), gathered_in_turn(model), interface.passing(modules):
+    with quietly(model), in_full_precision(model), gathered_in_turn(model), interface.passing(modules):
         seen, made = _run(model, modules)
         if attached.wants_bos or attached.wants_shared:
             lacking = _untold(attached, seen)
@@ -68,6 +68,7 @@ def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> Non
                 )
         if not seen:
             raise ValueError(f"a forward pass of {type(model).__name__} reached none of its attention layers")
+        _check_finite(model, seen)
         for module in modules:
             if module in seen and getattr(module, "ropemods", None) is not None:
                 _check_call(attached, module, seen[module].call)
@@ -82,7 +83,7 @@ def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Modu
     vocabulary = model.get_input_embeddings().weight
     size = getattr(vocabulary, "ds_shape", vocabulary.shape)[0]
     attached = model.ropemods_attached
-    ids = torch.arange(1, TOKENS + 1, device=model.device)[None] * (size // (TOKENS + 2))
+    ids = torch.arange(1, TOKENS + 1, device=home(model))[None] * (size // (TOKENS + 2))
     if attached.bos_token_id is not None:
         ids[:, 0] = attached.bos_token_id
     seen: dict[nn.Module, Seen] = {}
@@ -102,7 +103,7 @@ def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Modu
     before = attached.bos_active, attached.shared_active
     attached.bos_active, attached.shared_active = attached.wants_bos, attached.wants_shared
     try:
-        with interface.asked(note):
+        with interface.asked(model, note):
             model(input_ids=ids, use_cache=False)
     finally:
         attached.bos_active, attached.shared_active = before
@@ -116,6 +117,20 @@ def _untold(attached: Any, seen: dict[nn.Module, Seen]) -> list[nn.Module]:
     wanted = [name for name, wants in ((BOS, attached.wants_bos), (SHARED, attached.wants_shared)) if wants]
     staged = [module for module in seen if getattr(module, "ropemods", None) is not None]
     return [m for m in staged if any(seen[m].call.options.get(name) is None for name in wanted)]
+
+
+def _check_finite(model: PreTrainedModel, seen: dict[nn.Module, Seen]) -> None:
+    """That there is anything to compare: a model that gives NaN is broken before it is modified."""
+    if all(bool(torch.isfinite(tensor).all()) for each in seen.values() for tensor in each.call.inputs):
+        return
+    wrong = [name for name, p in model.named_parameters() if not p.is_meta and not bool(torch.isfinite(p).all())]
+    found = f"its weights are finite, and {TOKENS} tokens overflow in {model.dtype}"
+    if wrong:
+        found = f"{wrong[0]} and {len(wrong) - 1} more parameters hold NaN or infinity"
+    raise ValueError(
+        f"this {type(model).__name__} hands NaN or infinity to its attention before anything is modified: {found}; "
+        "load weights that are whole, in a dtype that holds them"
+    )
 
 
 def _check_call(attached: Any, module: nn.Module, asked: interface.Asked) -> None:
@@ -222,7 +237,7 @@ def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: 
 
 
 def _call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> interface.Asked:
-    with interface.asked(_stop):
+    with interface.asked(module, _stop):
         try:
             module(*args, **kwargs)
         except _Reached as reached:

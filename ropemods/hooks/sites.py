@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -53,6 +54,10 @@ class AttentionSite:
     """Of attention weights, as the layer asks for it in training."""
     active: bool = False
     """Whether any stage of this layer is at a strength above 0."""
+    listeners: list[Callable[[Any], None]] = dataclasses.field(default_factory=list)
+    """Shown every attention call of this layer (`interface.asked`)."""
+    observers: list[tuple[Callable[..., Any], bool]] = dataclasses.field(default_factory=list)
+    """Shown the rows of every call, and whether each wants to know the rows' denominators (`interface.observed`)."""
 
     def call(self, bos: Bos | None, keys: int, shared: dict[str, Tensor] | None) -> Call:
         inv_freq = None
@@ -98,11 +103,28 @@ OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_stat
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT wrapper or what torch.compile gives, or the model itself."""
+    inner = uncompiled(model)
+    inner = uncompiled(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"expected a transformers model or a PEFT model around one, got {type(model).__name__}")
+        name, wrapped = type(model).__name__, getattr(model, "module", None)
+        if isinstance(wrapped, nn.Module):
+            raise TypeError(f"this is a {name} around a {type(wrapped).__name__}; pass what it wraps: model.module")
+        raise TypeError(f"expected a transformers model or a PEFT model around one, got {name}")
     return inner
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile was given: the same weights, and what is set on it holds for both."""
+    return getattr(model, "_orig_mod", model)
+
+
+def entrances(model: PreTrainedModel) -> tuple[PreTrainedModel, ...]:
+    """The modules that a forward pass is called by: the model, or the decoder inside it."""
+    decoder = model.get_decoder()
+    # A few models call their output layer the decoder.
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return tuple(dict.fromkeys((model, decoder)))
 
 
 def site_of(module: nn.Module) -> AttentionSite | None:

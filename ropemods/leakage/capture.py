@@ -153,7 +153,7 @@ def capture(
     model = listened.model if model is None else model
     sums = Sums(protocol, distributed=world > 1, device=_home(listened, protocol))
     observer = Observer(listened, sums, everything=everything, **options)
-    with observed(observer, want_lse=True):
+    with observed(observer, of=listened.model, want_lse=True):
         for tokens_BT in read(crops.shard(rank, world), protocol, sums, observer, progress=progress):
             # The logits have no name, so that they are gone before the next batch needs as much again.
             if everything:

@@ -48,7 +48,11 @@ def seen(model: torch.nn.Module) -> Iterator[tuple[Rows, Tensor]]:
     """The rows and denominators of every layer on one batch."""
     found: list[tuple[Rows, Tensor]] = []
     ids = zoo.tokens(rows=3, length=GRID.length)
-    with torch.no_grad(), listening(model), observed(lambda s, r, c, lse: found.append((r, lse)), want_lse=True):
+    with (
+        torch.no_grad(),
+        listening(model),
+        observed(lambda s, r, c, lse: found.append((r, lse)), of=model, want_lse=True),
+    ):
         model(input_ids=ids, use_cache=False)
     assert len(found) == 2
     yield from found
@@ -176,9 +180,13 @@ def test_what_an_observer_returns_is_added_to_the_heads_output() -> None:
     """Taking BOS's contribution away by hand is the same as closing nothing and adding −a·v."""
     model = zoo.build("llama")
     ids = zoo.tokens()
-    with torch.no_grad(), listening(model), observed(lambda s, r, c, lse: None, want_lse=True):
+    with torch.no_grad(), listening(model), observed(lambda s, r, c, lse: None, of=model, want_lse=True):
         same = model(input_ids=ids, use_cache=False).logits
-    with torch.no_grad(), listening(model), observed(lambda s, r, c, lse: torch.ones_like(r.q_BHTD), want_lse=True):
+    with (
+        torch.no_grad(),
+        listening(model),
+        observed(lambda s, r, c, lse: torch.ones_like(r.q_BHTD), of=model, want_lse=True),
+    ):
         moved = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(same, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert (moved - same).abs().max() > 1e-2

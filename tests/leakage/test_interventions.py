@@ -75,7 +75,7 @@ def test_another_trajectory_from_block_0_is_the_swap_and_from_the_last_changes_o
         with variants.at_block(listened, 0, states[0]):
             torch.testing.assert_close(logits(model, ids), logits(model, swapped), rtol=1e-5, atol=1e-5)
         queries: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-        with observed(lambda s, r, c, lse: queries[s.layer].append(r.k_BGSD), want_lse=True):
+        with observed(lambda s, r, c, lse: queries[s.layer].append(r.k_BGSD), of=model, want_lse=True):
             logits(model, ids)
             with variants.at_block(listened, 1, states[1]):
                 logits(model, ids)
@@ -102,7 +102,7 @@ def test_clamped_heads_read_bos_with_their_mean_weight_from_everywhere() -> None
             torch.testing.assert_close(out + added, wanted @ v, rtol=1e-4, atol=1e-5)
             checked.append(site.layer)
 
-        with torch.no_grad(), observed(check, want_lse=True):
+        with torch.no_grad(), observed(check, of=model, want_lse=True):
             logits(model, crops.tokens_NT[:3])
     assert checked == [0, 1]
 

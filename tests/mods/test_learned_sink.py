@@ -48,7 +48,7 @@ def test_a_calibrated_sink_takes_the_mass_that_bos_had(backend: str) -> None:
         if site.layer == 0:
             taken.append(torch.exp(rows.sink_H[:, None] - lse)[:, :, 1:].mean((0, 2)))
 
-    with interface.observed(look, want_lse=True), torch.no_grad():
+    with interface.observed(look, of=model, want_lse=True), torch.no_grad():
         model(ids)
     close(taken[0], had, 1e-5)
 

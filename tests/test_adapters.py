@@ -1,0 +1,140 @@
+"""Adapters beside modifications, PEFT's and transformers' own: saved whole or refused, on the embedding too."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import ropemods as rm
+from tests import zoo
+from tests.contract import close
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    zoo.build().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def loaded(base: str, *mods: rm.Mod, **options) -> PreTrainedModel:
+    return rm.apply(AutoModelForCausalLM.from_pretrained(base).eval(), *mods, **options)
+
+
+def lora(*, keep: bool = True, **options) -> LoraConfig:
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False} | options
+    return LoraConfig(r=2, modules_to_save=["ropemods"] if keep else None, **options)
+
+
+def test_an_adapter_of_transformers_own_is_saved_with_the_record(base, tmp_path) -> None:
+    model, ids = loaded(base, rm.LearnedSink(), calibration=zoo.tokens()), zoo.tokens()
+    model.add_adapter(lora())
+    wanted = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wanted, 1e-6)
+    for stock in (AutoModelForCausalLM.from_pretrained, lambda p: PeftModel.from_pretrained(zoo.build(), p)):
+        with pytest.raises((KeyError, ValueError), match="ROPEMODS"):
+            stock(tmp_path / "adapter")
+
+
+def test_an_adapter_of_transformers_own_without_the_parameters_is_not_saved(base, tmp_path) -> None:
+    model = loaded(base, rm.LearnedSink(init=0.3))
+    model.add_adapter(lora(keep=False))
+    with pytest.raises(ValueError, match=r"'default' neither trained nor saves.*modules_to_save=\['ropemods'\]"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_second_adapter_without_the_parameters_is_not_saved(base, tmp_path) -> None:
+    model, ids = loaded(base, rm.LearnedSink(), calibration=zoo.tokens()), zoo.tokens()
+    wrapped = get_peft_model(model, lora(), "first")
+    wrapped.add_adapter("second", lora(keep=False))
+    with pytest.raises(ValueError, match="the adapter 'second' neither trained nor saves"):
+        wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path, selected_adapters=["first"])
+    close(rm.from_pretrained(tmp_path / "first").eval()(ids).logits, wrapped.eval()(ids).logits, 1e-6)
+
+
+def test_a_second_modified_adapter_is_loaded_beside_the_first(base, tmp_path) -> None:
+    ids, wanted = zoo.tokens(), {}
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(loaded(base, rm.LearnedSink(init=0.0)), lora()).eval()
+        with torch.no_grad():
+            for part in (p for n, p in wrapped.named_parameters() if "modules_to_save" in n):
+                part.fill_(seed)
+        wanted[name] = wrapped(ids).logits
+        wrapped.save_pretrained(tmp_path / name)
+    model = rm.from_pretrained(tmp_path / "first").eval()
+    model.load_adapter(tmp_path / "second", "second")
+    for name, adapter in (("first", "default"), ("second", "second")):
+        model.set_adapter(adapter)
+        close(model(ids).logits, wanted[name], 1e-6)
+
+
+def test_an_adapter_of_other_modifications_is_not_loaded_beside(base, tmp_path) -> None:
+    wrapped = get_peft_model(loaded(base, rm.TruncatedRoPE(0.5)), lora(keep=False))
+    wrapped.save_pretrained(tmp_path / "truncated")
+    stock = get_peft_model(zoo.build(), lora(keep=False))
+    with pytest.raises(ValueError, match=r"TruncatedRoPE\(keep=0.5\) at strength 1, and this model has no modif"):
+        stock.load_adapter(tmp_path / "truncated", "other")
+    weaker = get_peft_model(loaded(base, rm.TruncatedRoPE(0.5), strength=0.5), lora(keep=False))
+    with pytest.raises(ValueError, match=r"at strength 1, and this model has .* at strength 0.5"):
+        weaker.load_adapter(tmp_path / "truncated", "other")
+    assert list(weaker.peft_config) == ["default"]
+
+
+EMBEDDING = {
+    "lora": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [zoo.BOS, 7]}},
+    "saved": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+def adapted(model: PreTrainedModel, name: str) -> PeftModel:
+    """With an adapter that has moved the embedding, at BOS too."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, LoraConfig(**({"target_modules": ["q_proj"], "r": 2} | EMBEDDING[name])))
+    with torch.no_grad():
+        for part in (p for n, p in wrapped.named_parameters() if p.requires_grad and "embed_tokens" in n):
+            part.add_(0.3 * torch.randn(part.shape, generator=torch.Generator().manual_seed(0)))
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("by", ["zero", "mean"])
+def test_an_adapter_on_the_embedding_leaves_the_promised_vector_at_bos(by, strength, name) -> None:
+    ids, stock = zoo.tokens(), adapted(zoo.build(), name)
+    model = rm.apply(zoo.build(), rm.ReplacedBos(by), strength=strength)
+    promised = 0 if by == "zero" else zoo.build().get_input_embeddings().weight.mean(0)
+    wrapped = adapted(model, name)
+    before = wrapped(ids).logits
+    embedding = wrapped.get_input_embeddings()(ids)
+    stock_embedding = stock.get_input_embeddings()(ids)
+    close(embedding[:, 0], (1 - strength) * stock_embedding[:, 0] + strength * promised, 1e-6)
+    assert torch.equal(embedding[:, 1:], stock_embedding[:, 1:])
+    with wrapped.disable_adapter():
+        close(wrapped(ids).logits, rm.apply(zoo.build(), rm.ReplacedBos(by), strength=strength)(ids).logits, 1e-6)
+    merged = wrapped.merge_and_unload()
+    close(merged(ids).logits, before, 1e-5)
+    close(copy.deepcopy(merged)(ids).logits, before, 1e-5)
+    assert torch.equal(rm.remove(merged)(ids).logits, stock.merge_and_unload()(ids).logits)
+
+
+def test_an_adapter_on_the_embedding_is_saved_and_reloaded(base, tmp_path) -> None:
+    wrapped, ids = adapted(loaded(base, rm.ReplacedBos("zero")), "lora"), zoo.tokens()
+    wanted = wrapped(ids).logits
+    wrapped.save_pretrained(tmp_path / "adapter")
+    close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wanted, 1e-6)
+
+
+def test_a_random_token_is_drawn_as_the_adapter_embeds_it() -> None:
+    wrapped, ids = adapted(rm.apply(zoo.build(), rm.ReplacedBos("random_token")), "lora").train(), zoo.tokens()
+    wrapped(ids)
+    table = adapted(zoo.build(), "lora").get_input_embeddings()(torch.arange(zoo.VOCAB))
+    drawn = wrapped.get_input_embeddings()(ids)[:, 0]
+    assert all(torch.isclose(row, table, atol=1e-6).all(1).any() for row in drawn)
