@@ -16,11 +16,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ropemods.attach import apply, attach, finish, refresh
+from ropemods.attach import attach, finish, put_on, refresh
 from ropemods.hooks import adapters, folding, native, record
 from ropemods.hooks.partition import gathered
 from ropemods.hooks.sites import base_model
-from ropemods.mods import Mod
 
 
 def from_pretrained(
@@ -43,8 +42,9 @@ def from_pretrained(
             f"{path} records no modification (its config has no 'ropemods'), so there is nothing that transformers' "
             "own from_pretrained would not do; load it with AutoModelForCausalLM and modify it with ropemods.apply"
         )
-    model = _load(path, config, found.mods, hf_kwargs)
+    model = _load(path, config, found, hf_kwargs)
     finish(model)
+    record.check_native(model, found, path)
     model.ropemods_attached.strength.update(found.strength)
     refresh(model)
     return model
@@ -59,7 +59,7 @@ def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
 def _load(
     path: str | os.PathLike[str],
     config: PreTrainedConfig,
-    mods: list[Mod],
+    found: record.Record,
     hf_kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
@@ -67,7 +67,7 @@ def _load(
 
     def __init__(self, *args, **kwargs):
         cls.__init__(self, *args, **kwargs)
-        attach(self, mods)
+        attach(self, found.mods, recorded=found)
 
     # A class of its own for this one load: transformers makes the model from the class it is asked for.
     loading: Any = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
@@ -111,10 +111,10 @@ def _adapter(
     if base is None:
         raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
     model = _base(base, hf_kwargs)
-    wanted = record.parse(described)
+    wanted = record.parse(described, path)
     attached = getattr(model, "ropemods_attached", None)
     if attached is None:
-        apply(model, *wanted.mods, strength=0.0)
+        put_on(model, wanted.mods, recorded=wanted)
     elif attached.mods != wanted.mods:
         raise ValueError(
             f"the adapter in {path} was trained with {list(map(str, wanted.mods))}, and its base {base} is modified "
@@ -150,10 +150,11 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     del config.ropemods
     text = config.get_text_config(decoder=True)
     text.rope_parameters = copy.deepcopy(attached.rope_parameters)
-    for mod in (mod for mod in active if mod.edits_frequencies):
-        expressed = native.expressed(inner, mod, attached.strength[mod.kind], attached.rope_parameters)
+    if edits := record.edits_of(active, attached.strength):
+        expressed = native.expressed(inner, edits, attached.rope_parameters)
         if isinstance(expressed, str):
-            raise ValueError(f"{mod} cannot be written into a stock checkpoint: {expressed}")
+            names = " and ".join(str(mod) for mod, _ in edits)
+            raise ValueError(f"{names} cannot be written into a stock checkpoint: {expressed}")
         text.rope_parameters = expressed
     with gathered(inner):
         state = {k: v for k, v in inner.state_dict().items() if ".ropemods." not in f".{k}"}

@@ -73,7 +73,7 @@ def _adapter(folder: Path) -> tuple[dict[str, Any], record.Record | None]:
         "alpha": raw.get("lora_alpha"),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
-    return about, None if described is None else record.parse(described)
+    return about, None if described is None else record.parse(described, folder)
 
 
 def _model(config: PreTrainedConfig, parameters: int | None) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _tables(
         after_F = before_F
         for mod in (mod for mod in mods if mod.edits_frequencies):
             if strength[mod.kind] > 0:
-                after_F = mod.frequencies(before_F, strength[mod.kind])
+                after_F = mod.frequencies(after_F, strength[mod.kind])
         parameters = text.rope_parameters if table.layer_type is None else text.rope_parameters[table.layer_type]
         before = _wavelengths(before_F)
         if parameters["rope_type"] == "proportional":

@@ -38,10 +38,6 @@ class LearnedSink(Mod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.init, bool) or (self.init != "calibrated" and not isinstance(self.init, int | float)):
-            raise ValueError(f"learned_sink: init must be a number or 'calibrated', not {self.init!r}")
-        if isinstance(self.raised, bool) or not isinstance(self.raised, int | float):
-            raise ValueError(f"learned_sink: raised must be a number, not {self.raised!r}")
         if self.raised and self.init != "calibrated":
             raise ValueError("learned_sink: raised is added to a calibrated start; with a number, give the sum as init")
 
@@ -61,20 +57,9 @@ class LearnedSink(Mod):
     def calibrates(self) -> bool:
         return self.init == "calibrated"
 
-    def conflict(self, other: Mod) -> str | None:
-        if self.read_bos or self.layers is not None:
-            return None
-        if other.kind == "unrotated_bos":
-            return (
-                "UnrotatedBos rescores the BOS column and LearnedSink closes it, so the first would do nothing; "
-                "use LearnedSink(read_bos=True) or leave UnrotatedBos out"
-            )
-        if other.kind == "replaced_bos":
-            return (
-                "ReplacedBos changes what later tokens read at BOS and LearnedSink closes that column to them, so the "
-                "first would reach no later token; use LearnedSink(read_bos=True) or leave ReplacedBos out"
-            )
-        return None
+    @property
+    def closes_bos(self) -> bool:
+        return not self.read_bos
 
     def stage(self, site: Site) -> Stage:
         return LearnedSinkStage(self, site.heads)

@@ -32,13 +32,11 @@ class TruncatedRoPE(Mod):
     """Which end of the ladder is dropped."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 <= self.keep < 1:
             raise ValueError(
                 f"truncated_rope: keep must be at least 0 (NoPE) and below 1 (RoPE itself), not {self.keep!r}"
             )
-        if self.which not in ("lowest", "highest"):
-            raise ValueError(f"truncated_rope: which must be 'lowest' or 'highest', not {self.which!r}")
+        super().__post_init__()
 
     def export_obstacle(self) -> str | None:
         if self.layers is not None:
