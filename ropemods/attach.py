@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.attention.paths import chosen
-from ropemods.hooks import adapters, inputs, interface, partition, probe, record, rehearsal, rotary, selective
+from ropemods.hooks import adapters, inputs, interface, partition, record, rehearsal, rotary, selective, starting_values
 from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of
 from ropemods.mods import Mod, recordable
 from ropemods.mods.base import Site, Stage, edited
@@ -54,10 +55,12 @@ def apply(
     """Put modifications on a model, in place, and return it.
 
     `calibration` is a batch of token ids (B, T), each row BOS first, from which modifications choose initial values
-    (`LearnedSink(init="calibrated")`). A modification that would act on nothing is an error.
+    (`LearnedSink(init="calibrated")`); where they raise the loss on it noticeably, a warning says by how much and what
+    would cost less. A modification that would act on nothing is an error.
     """
     inner = base_model(model)
     record.check_strength(strength)
+    _check_mods(mods)
     if model is not inner and any(mod.trains for mod in mods):
         raise ValueError(
             "these modifications train parameters, and a PEFT model trains and saves only what its config names; "
@@ -72,10 +75,12 @@ def apply(
         )
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
+    ids_BT = None if calibration is None else starting_values.checked(inner, mods, calibration)
     try:
-        put_on(inner, list(mods))
-        if calibration is not None:
-            probe.calibrate(inner, calibration.to(inner.device))
+        if ids_BT is None:
+            put_on(inner, list(mods))
+        elif (costly := _put_on_calibrated(inner, list(mods), ids_BT)) is not None:
+            warnings.warn(costly, stacklevel=2)
         set_strength(inner, strength)
     except BaseException:
         _detach(inner)
@@ -92,6 +97,36 @@ def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record |
     with partition.gathered(embedding):
         for _, stage in _stages_of(embedding):
             stage.measure(embedding)
+
+
+def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) -> str | None:
+    """`put_on`, with initial values from a batch; returns what is to be said of the loss on it, if it rises much."""
+
+    def put_on_and_read(mods: list[Mod]) -> float | None:
+        put_on(model, mods)
+        if any(mod.calibrates for mod in mods):
+            starting_values.calibrate(model, ids_BT)
+        set_strength(model, 1.0)
+        return starting_values.loss(model, ids_BT)
+
+    stock = starting_values.loss(model, ids_BT)
+    whole = put_on_and_read(mods)
+    if stock is None or whole is None or whole <= stock * (1 + starting_values.NOTICEABLE):
+        return None
+    alone = {}
+    for mod in mods:
+        set_strength(model, 0.0)
+        set_strength(model, 1.0, kind=mod.kind)
+        alone[str(mod)] = starting_values.loss(model, ids_BT) or 0.0
+    gentler = {}
+    for mod in mods:
+        for other in mod.gentler():
+            _detach(model)
+            gentler[str(other)] = put_on_and_read([other if each is mod else each for each in mods]) or 0.0
+    if gentler:
+        _detach(model)
+        put_on_and_read(mods)
+    return starting_values.remark(stock, whole, alone, gentler)
 
 
 def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record | None = None) -> None:
@@ -129,7 +164,7 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record |
         attached.handles.append(inputs.install_embedding(embedding))
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
-    attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
+    attached.wants_bos, attached.wants_shared = scored and any(mod.needs_bos for mod in mods), shared is not None
     if bos_token_id is not None or shared is not None:
         attached.handles += inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
@@ -137,13 +172,17 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record |
             attached.handles += selective.install([layer for _, layer in layers])
 
 
-def _checked(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | None) -> list[tuple[str, nn.Module]]:
-    """The attention layers, or the reason why these modifications cannot stand on this model."""
+def _check_mods(mods: Sequence[Mod]) -> None:
     for mod in mods:
         if not isinstance(mod, Mod):
             raise TypeError(f"expected modifications such as TruncatedRoPE(0.75), got {mod!r}")
         if (reason := recordable(mod)) is not None:
             raise ValueError(reason)
+
+
+def _checked(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | None) -> list[tuple[str, nn.Module]]:
+    """The attention layers, or the reason why these modifications cannot stand on this model."""
+    _check_mods(mods)
     reason = rotary.lacking(model)
     if reason is not None:
         raise ValueError(reason)
@@ -175,11 +214,14 @@ def _bos_token(model: PreTrainedModel, mods: list[Mod], recorded: record.Record 
     A checkpoint's record holds it: what the config says may have been changed since (a Trainer writes its tokenizer's).
     """
     needing = [mod.kind for mod in mods if mod.needs_bos]
-    if not needing:
+    looking = needing or [mod.kind for mod in mods if mod.calibrates]  # at what BOS had, if there is one
+    if not looking:
         return None
     token = model.config.get_text_config().bos_token_id
     if recorded is not None and recorded.bos_token_id is not None:
         token = recorded.bos_token_id
+    if token is None and not needing:
+        return None
     if token is None:
         raise ValueError(
             f"{needing[0]} needs a BOS token and this model's config has none (bos_token_id is None); set "
@@ -190,7 +232,7 @@ def _bos_token(model: PreTrainedModel, mods: list[Mod], recorded: record.Record 
     if type(token) is not int or not 0 <= token < size:
         where = "the config" if recorded is None else "the checkpoint's record"
         raise ValueError(
-            f"{needing[0]} needs a BOS token, and bos_token_id in {where} is {token!r}, which is none of the model's "
+            f"{looking[0]} looks for a BOS token, and bos_token_id in {where} is {token!r}, which is none of the model's "
             f"{size} tokens; it is the id, a whole number from 0, of the token that your sequences begin with"
         )
     return token

@@ -121,6 +121,10 @@ class Mod:
         """Whether it chooses initial values from a calibration batch."""
         return False
 
+    def gentler(self) -> tuple[Mod, ...]:
+        """Forms of it that may cost an untrained model less, for `apply` to try on a calibration batch."""
+        return ()
+
     @property
     def needs_layout(self) -> bool:
         """Whether the stage rotates queries itself and so must know how the model pairs channels."""

@@ -1,4 +1,4 @@
-"""A checkpoint's record is validated as it is read, and must agree with what stock transformers would make of the file."""
+"""A checkpoint's record is validated as it is read, and must agree with what stock transformers makes of the file."""
 
 from __future__ import annotations
 
