@@ -232,8 +232,8 @@ def _bos_token(model: PreTrainedModel, mods: list[Mod], recorded: record.Record 
     if type(token) is not int or not 0 <= token < size:
         where = "the config" if recorded is None else "the checkpoint's record"
         raise ValueError(
-            f"{looking[0]} looks for a BOS token, and bos_token_id in {where} is {token!r}, which is none of the model's "
-            f"{size} tokens; it is the id, a whole number from 0, of the token that your sequences begin with"
+            f"{looking[0]} looks for a BOS token, and bos_token_id in {where} is {token!r}, which is none of the "
+            f"model's {size} tokens; it is the id, a whole number from 0, of the token that your sequences begin with"
         )
     return token
 

@@ -128,7 +128,7 @@ def _locate(model: PreTrainedModel, given: dict[str, Any]) -> bos.Bos:
     if is_compiling():  # values cannot be looked at while a graph is traced
         return found
     caching = given.get("use_cache")
-    caching = model.config.get_text_config().use_cache if caching is None else caching
+    caching = getattr(model.config.get_text_config(), "use_cache", False) if caching is None else caching
     unmasked = mask is None and cache is None and not caching
     problem = bos.complaint(
         ids,

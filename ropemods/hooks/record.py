@@ -117,9 +117,8 @@ def load_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[PreTra
     record = parse(raw.pop("ropemods"), path)
     inside = raw.get("text_config")
     holder = inside if isinstance(inside, dict) and "rope_parameters" in inside else raw
-    record = dataclasses.replace(
-        record, saved=holder.get("rope_parameters", record.rope_parameters)
-    )  # absent: the class's own
+    # transformers leaves out of a config.json what is the default of its class.
+    record = dataclasses.replace(record, saved=holder.get("rope_parameters", record.rope_parameters))
     _check_saved(record, path)
     if "auto_map" in raw:
         config = AutoConfig.from_pretrained(path, **hub_kwargs)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any, TypeVar
 
+from torch import nn
+
 from ropemods.mods.adaptive_temperature import AdaptiveTemperature
 from ropemods.mods.base import Mod
 from ropemods.mods.learned_sink import LearnedSink
@@ -42,7 +44,7 @@ def register(mod: AnyMod) -> AnyMod:
     name, kind = mod.__qualname__, getattr(mod, "kind", None)
     if not dataclasses.is_dataclass(mod) or "__dataclass_fields__" not in vars(mod) or not _frozen(mod):
         raise TypeError(f"{name} must be a frozen dataclass; put @dataclasses.dataclass(frozen=True) on it")
-    if not isinstance(kind, str) or not kind.isidentifier() or hasattr(Mod, kind):
+    if not isinstance(kind, str) or not kind.isidentifier() or hasattr(nn.Module, kind):
         raise ValueError(f"{name}.kind must be a name such as 'learned_sink', for records and parameters; not {kind!r}")
     other = kinds().get(kind)
     if other is not None and (other.__module__, other.__qualname__) != (mod.__module__, name):

@@ -146,7 +146,13 @@ class Mod:
 
     def export_obstacle(self) -> str | None:
         """Why no stock checkpoint can hold it; None when one may."""
-        return "it acts on attention scores, which a stock model computes as it always has"
+        if type(self).stage is not Mod.stage:
+            return "it acts on attention scores, which a stock model computes as it always has"
+        if type(self).embedding_stage is not Mod.embedding_stage:
+            return "it acts on what the input embedding gives, by a rule that no row of a stock embedding holds"
+        if self.layers is not None:
+            return "it acts on some layers only, and a stock config has one set of frequencies for all"
+        return None
 
     def selects(self, layer: int, layer_count: int) -> bool:
         return self.layers is None or layer in {index % layer_count for index in self.layers}

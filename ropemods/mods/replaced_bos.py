@@ -57,9 +57,9 @@ class ReplacedBos(Mod):
             return None
         closer = type(closing[0]).__name__
         return (
-            f"ReplacedBos changes what later tokens read at BOS and {closer} closes that column to them in every layer, "
-            f"so the first would reach no later token; use {closer}(read_bos=True), leave a layer open with layers=, or "
-            "leave ReplacedBos out"
+            f"ReplacedBos changes what later tokens read at BOS and {closer} closes that column to them in every "
+            f"layer, so the first would reach no later token; use {closer}(read_bos=True), leave a layer open with "
+            "layers=, or leave ReplacedBos out"
         )
 
     def export_obstacle(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What a description of a modification may hold: every option has the type and the range that it names, or is refused."""
+"""What a description of a modification may hold: each option has the type and range that it names, or is refused."""
 
 from __future__ import annotations
 

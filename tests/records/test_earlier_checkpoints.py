@@ -1,8 +1,8 @@
 """Checkpoints that version 0.1.0 wrote are read as it read them.
 
-`tests/fixtures/0.1.0_*` were written by 0.1.0 (transformers 5.23.0), each with token ids and the logits it gave. Between
-them: parameters in transformers' own words, a sentinel over dynamic tables with strengths of several kinds, and layers
-of two kinds with modifications that `apply` today refuses together.
+`tests/fixtures/0.1.0_*` were written by 0.1.0 (transformers 5.23.0), each with token ids and the logits it gave.
+Between them: parameters in transformers' own words, a sentinel over dynamic tables with strengths of several kinds, and
+layers of two kinds with modifications that `apply` today refuses together.
 """
 
 from __future__ import annotations
