@@ -76,7 +76,7 @@ class Table:
             self.module.rope_init_fn = self.own_init if edit is None else partial(_init_edited, self.own_init, edit)
         if "dynamic" in self.rope_type:
             self.rope_type = "dynamic" if edit is None else DYNAMIC
-            # The buffers are again those of short sequences, so a long one must make them anew, as if it were the first.
+            # The buffers are again those of short sequences; a long one must make them anew, as if it were the first.
             setattr(self.module, f"{self.prefix}max_seq_len_cached", self.module.original_max_seq_len)
 
 
