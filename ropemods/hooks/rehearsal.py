@@ -28,7 +28,7 @@ from ropemods.hooks.partition import gathered_in_turn
 from ropemods.hooks.probe import quietly
 from ropemods.hooks.rotary import Table
 from ropemods.hooks.sites import Stages, attention_layers
-from ropemods.mods.base import Mod, with_bos_column
+from ropemods.mods.base import Call, Mod, with_bos_column
 
 TOKENS = 8
 TOLERANCE = 1e-3
@@ -81,9 +81,12 @@ def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> Non
                 module.ropemods_site.dropout = _dropout(module, seen[module])
     _check_rotation(model, [module for module in modules if module in seen])
     with quietly(model), gathered_in_turn(model):
+        shared: dict[str, Tensor] = {}
+        for _, stage in model.ropemods.stages() if attached.wants_shared else ():
+            shared = stage(shared, Call())
         for module in modules:
             if module in seen and isinstance(getattr(module, "ropemods", None), Stages):
-                _check_terms(module, seen[module].call)
+                _check_terms(module, seen[module].call, shared)
 
 
 def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Module, Seen], _Made]:
@@ -145,11 +148,11 @@ def _check_causal(model: PreTrainedModel, module: nn.Module, asked: interface.As
         )
 
 
-def _check_terms(module: nn.Module, asked: interface.Asked) -> None:
+def _check_terms(module: nn.Module, asked: interface.Asked, shared: dict[str, Tensor]) -> None:
     """That no two modifications set the same of a row, where the later would undo the earlier."""
-    options, site = asked.options, module.ropemods_site
+    site = module.ropemods_site
     rows = interface.rows_of(asked.backend, module, *asked.inputs, **asked.own_options)
-    call = site.call(options.get(BOS), rows.k_BGSD.shape[2], options.get(SHARED))
+    call = site.call(asked.options.get(BOS), rows.k_BGSD.shape[2], shared)
     if call.bos_column_BN is not None:
         rows = with_bos_column(rows, call)  # at its own logit, so that every other is some stage's
     setters: dict[str, str] = {}
