@@ -107,7 +107,8 @@ class Bench:
     def model(self, mods: tuple[Mod, ...], *, strength: float = 1.0, seed: int = 0) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         if mods:
-            rm.apply(model, *mods, strength=strength, calibration=self.rows(False, seed)[:8])
+            batch = self.rows(False, seed)[:8] if any(mod.calibrates for mod in mods) else None
+            rm.apply(model, *mods, strength=strength, calibration=batch)
         return model
 
     def numbers(

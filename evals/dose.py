@@ -60,7 +60,9 @@ def run(scale: str, data: Path, cells: Callable[..., dict[str, Any]]) -> dict[st
     def at(mods: Sequence[Mod], strength: float) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         if mods:
-            rm.apply(model, *mods, strength=strength, calibration=batch)
+            rm.apply(
+                model, *mods, strength=strength, calibration=batch if any(mod.calibrates for mod in mods) else None
+            )
         return measured(model, tokenizer, documents, protocol)
 
     jobs: dict[str, Callable[[], Any]] = {"stock": lambda: at((), 0.0)}

@@ -83,7 +83,8 @@ def curve(data: Path, p: dict[str, Any], seed: int, mods: str | None = None, sha
     held_out_NT = rows(stories[ninth:], rows=p["held_out_rows"], seed=0)
     schedule = rm.StrengthSchedule(steps=p["schedule_steps"], shape=shape)  # type: ignore[arg-type]
     if mods is not None:
-        rm.apply(model, *MODS[mods], strength=0.0, calibration=held_out_NT[:16])
+        batch = held_out_NT[:16] if any(mod.calibrates for mod in MODS[mods]) else None
+        rm.apply(model, *MODS[mods], strength=0.0, calibration=batch)
     found: list[list[float]] = []
 
     def at(step: int) -> None:

@@ -107,7 +107,8 @@ def paired(p: dict[str, Any], mods: tuple[Mod, ...]) -> dict[str, Any]:
     tokens_NT = torch.randint(3, p["vocabulary"], (p["steps"] * p["batch"], p["length"]), generator=source)
     tokens_NT[:, 0] = 1
     if mods:
-        rm.apply(modified, *mods, strength=1.0, calibration=tokens_NT[: p["batch"]])
+        batch = tokens_NT[: p["batch"]] if any(mod.calibrates for mod in mods) else None
+        rm.apply(modified, *mods, strength=1.0, calibration=batch)
     ratios = [seconds(modified, tokens_NT, p) / seconds(stock, tokens_NT, p) for _ in range(p["rounds"])]
     return {
         "parameters": sum(each.numel() for each in stock.parameters()),

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from ropemods.leakage.protocol import Protocol
     from ropemods.leakage.report import Report
     from ropemods.leakage.suggest import Suggestion, suggest
-    from ropemods.mods import AdaptiveTemperature, LearnedSink, ReplacedBos, TruncatedRoPE, UnrotatedBos
+    from ropemods.mods import (
+        AdaptiveTemperature,
+        LearnedSink,
+        Mod,
+        ReplacedBos,
+        TruncatedRoPE,
+        UnrotatedBos,
+        register,
+    )
     from ropemods.penalty import Penalized, Penalty, penalize
     from ropemods.schedule import StrengthSchedule
 
@@ -25,6 +33,8 @@ _HOMES = {
     "ReplacedBos": "mods",
     "UnrotatedBos": "mods",
     "LearnedSink": "mods",
+    "Mod": "mods",
+    "register": "mods",
     "apply": "attach",
     "remove": "attach",
     "set_strength": "attach",

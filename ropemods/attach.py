@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,17 +30,17 @@ from ropemods.hooks import (
     interface,
     origin,
     partition,
-    probe,
     record,
     rehearsal,
     rotary,
     selective,
+    starting_values,
     unchanged,
     zero_states,
 )
 from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of, uncompiled
-from ropemods.mods import Mod
-from ropemods.mods.base import Site, Stage
+from ropemods.mods import Mod, recordable
+from ropemods.mods.base import Site, Stage, edited
 
 
 @dataclasses.dataclass
@@ -77,10 +78,12 @@ def apply(
     """Put modifications on a model, in place, and return it.
 
     `calibration` is a batch of token ids (B, T), each row BOS first, from which modifications choose initial values
-    (`LearnedSink(init="calibrated")`). A modification that would act on nothing is an error.
+    (`LearnedSink(init="calibrated")`); where they raise the loss on it noticeably, a warning says by how much and what
+    would cost less. A modification that would act on nothing is an error.
     """
     inner = base_model(model)
-    _check_alpha(strength)
+    record.check_strength(strength)
+    _check_mods(mods)
     if uncompiled(model) is not inner and any(mod.trains for mod in mods):
         raise ValueError(
             "these modifications train parameters, and a PEFT model trains and saves only what its config names; "
@@ -103,16 +106,12 @@ def apply(
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
     _forget_compiled()
+    ids_BT = None if calibration is None else starting_values.checked(inner, mods, calibration)
     try:
-        attach(inner, list(mods))
-        finish(inner)
-        rehearsal.check_dropout(inner)
-        embeds = inner.get_input_embeddings()
-        with partition.gathered(embeds):
-            for _, stage in _stages_of(embeds):
-                stage.measure(embeds)
-        if calibration is not None:
-            probe.calibrate(inner, calibration.to(partition.home(inner)))
+        if ids_BT is None:
+            put_on(inner, list(mods))
+        elif (costly := _put_on_calibrated(inner, list(mods), ids_BT)) is not None:
+            warnings.warn(costly, stacklevel=2)
         set_strength(inner, strength)
     except BaseException:
         _detach(inner)
@@ -126,11 +125,55 @@ def _forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
-    """Everything about `apply` that needs no weights: stages, hooks and tables, all at strength 0."""
-    layers = _checked(model, mods)
+def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record | None = None) -> None:
+    """Modifications on a model that has its weights, at strength 0, with what they take from the embedding."""
+    attach(model, mods, recorded=recorded)
+    finish(model)
+    rehearsal.check_dropout(model)
+    embeds = model.get_input_embeddings()
+    with partition.gathered(embeds):
+        for _, stage in _stages_of(embeds):
+            stage.measure(embeds)
+
+
+def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) -> str | None:
+    """`put_on`, with initial values from a batch; returns what is to be said of the loss on it, if it rises much."""
+
+    def put_on_and_read(mods: list[Mod]) -> float | None:
+        put_on(model, mods)
+        if any(mod.calibrates for mod in mods):
+            starting_values.calibrate(model, ids_BT)
+        set_strength(model, 1.0)
+        return starting_values.loss(model, ids_BT)
+
+    stock = starting_values.loss(model, ids_BT)
+    whole = put_on_and_read(mods)
+    if stock is None or whole is None or whole <= stock * (1 + starting_values.NOTICEABLE):
+        return None
+    alone = {}
+    for mod in mods:
+        set_strength(model, 0.0)
+        set_strength(model, 1.0, kind=mod.kind)
+        alone[str(mod)] = starting_values.loss(model, ids_BT) or 0.0
+    gentler = {}
+    for mod in mods:
+        for other in mod.gentler():
+            _detach(model)
+            gentler[str(other)] = put_on_and_read([other if each is mod else each for each in mods]) or 0.0
+    if gentler:
+        _detach(model)
+        put_on_and_read(mods)
+    return starting_values.remark(stock, whole, alone, gentler)
+
+
+def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record | None = None) -> None:
+    """Everything about `apply` that needs no weights: stages, hooks and tables, all at strength 0.
+
+    `recorded` is the record that the modifications are from when a checkpoint is read.
+    """
+    layers = _checked(model, mods, recorded)
     adapters.watch_saving()
-    bos_token_id = model.config.get_text_config().bos_token_id if any(m.needs_bos for m in mods) else None
+    bos_token_id = _bos_token(model, mods, recorded)
     model.ropemods_attached = Attached(
         mods=mods,
         strength={mod.kind: 0.0 for mod in mods},
@@ -162,7 +205,7 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
     attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
-    attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
+    attached.wants_bos, attached.wants_shared = scored and any(mod.needs_bos for mod in mods), shared is not None
     if bos_token_id is not None or shared is not None or scored:
         attached.handles += inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
@@ -170,47 +213,70 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
             attached.handles += selective.install([layer for _, layer in layers])
 
 
-def _checked(model: PreTrainedModel, mods: list[Mod]) -> list[tuple[str, nn.Module]]:
-    """The attention layers, or the reason why these modifications cannot stand on this model."""
+def _check_mods(mods: Sequence[Mod]) -> None:
     for mod in mods:
         if not isinstance(mod, Mod):
             raise TypeError(f"expected modifications such as TruncatedRoPE(0.75), got {mod!r}")
-    for mod in mods:
-        for other in mods:
-            reason = mod.conflict(other)
-            if reason is not None:
-                raise ValueError(reason)
+        if (reason := recordable(mod)) is not None:
+            raise ValueError(reason)
+
+
+def _checked(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | None) -> list[tuple[str, nn.Module]]:
+    """The attention layers, or the reason why these modifications cannot stand on this model."""
+    _check_mods(mods)
     reason = rotary.lacking(model)
     if reason is not None:
         raise ValueError(reason)
     layers = prepare_sites(model)
+    count = len(layers)
     for mod in mods:
-        count = len(layers)
         outside = [i for i in mod.layers or () if not -count <= i < count]
         if outside:
             raise ValueError(
                 f"{mod.kind}: layers {outside} do not exist; this model has {count}, from 0 to {count - 1}"
             )
-        if mod.needs_bos:
-            _check_bos(mod, model)
-    _check_one_of_a_kind(mods, len(layers))
+        if recorded is None:  # what stood together when it was saved is read as it was
+            reason = mod.conflict([other for other in mods if other is not mod], count)
+            if reason is not None:
+                raise ValueError(reason)
+    _check_one_of_a_kind(mods, count)
+    edits = [mod for mod in mods if mod.edits_frequencies]
+    if len(edits) > 1 and any(mod.layers is not None for mod in edits):
+        raise ValueError(
+            f"{' and '.join(map(str, edits))} all change the rotary frequencies. They act one after the other where "
+            "each takes every layer; with layers= one must stand alone, since the selected layers get one other table"
+        )
     return layers
 
 
-def _check_bos(mod: Mod, model: PreTrainedModel) -> None:
+def _bos_token(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | None) -> int | None:
+    """The token that these modifications look for; None where they look for none.
+
+    A checkpoint's record holds it: what the config says may have been changed since (a Trainer writes its tokenizer's).
+    """
+    needing = [mod.kind for mod in mods if mod.needs_bos]
+    looking = needing or [mod.kind for mod in mods if mod.calibrates]  # at what BOS had, if there is one
+    if not looking:
+        return None
     token = model.config.get_text_config().bos_token_id
+    if recorded is not None and recorded.bos_token_id is not None:
+        token = recorded.bos_token_id
+    if token is None and not needing:
+        return None
     if token is None:
         raise ValueError(
-            f"{mod.kind} needs a BOS token and this model's config has none (bos_token_id is None); set "
+            f"{needing[0]} needs a BOS token and this model's config has none (bos_token_id is None); set "
             "model.config.bos_token_id to the token your sequences begin with, and put it in front of each"
         )
     weight = model.get_input_embeddings().weight
-    count = getattr(weight, "ds_shape", weight.shape)[0]
-    if type(token) is not int or not 0 <= token < count:
+    size = getattr(weight, "ds_shape", weight.shape)[0]
+    if type(token) is not int or not 0 <= token < size:
+        where = "the config" if recorded is None else "the checkpoint's record"
         raise ValueError(
-            f"{mod.kind} needs a BOS token and this model's config names {token!r}, which is none of its {count} "
-            f"tokens; set model.config.bos_token_id to the id (0 to {count - 1}) of the token your sequences begin with"
+            f"{looking[0]} looks for a BOS token, and bos_token_id in {where} is {token!r}, which is none of the "
+            f"model's {size} tokens; it is the id, a whole number from 0, of the token that your sequences begin with"
         )
+    return token
 
 
 def _check_one_of_a_kind(mods: list[Mod], layer_count: int) -> None:
@@ -278,7 +344,7 @@ def finish(model: PreTrainedModel) -> None:
 def set_strength(model: nn.Module, strength: float, kind: str | None = None) -> None:
     """Set the strength of every modification, or of the one of that kind: 0 is stock, 1 the full modification."""
     attached = _attached(base_model(model))
-    _check_alpha(strength)
+    record.check_strength(strength)
     if kind is not None and kind not in attached.strength:
         raise ValueError(f"this model has no {kind!r}; it has {', '.join(attached.strength)}")
     for each in attached.strength if kind is None else (kind,):
@@ -303,13 +369,13 @@ def refresh(model: PreTrainedModel) -> None:
     attached.bos_active = any(mod.needs_bos and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.zeros_active = any(mod.zeroes_states and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)
-    for mod in (mod for mod in attached.mods if mod.edits_frequencies):
-        edit = None if alpha[mod.kind] == 0 else partial(mod.frequencies, alpha=alpha[mod.kind])
-        for table in rotary.tables(model) if mod.layers is None else selective.tables(model):
-            table.write(edit)
-        if mod.layers is not None:
-            model.ropemods_twins.active = edit is not None
-    record.write(model, attached.mods, alpha, attached.rope_parameters)
+    if any(mod.edits_frequencies and mod.layers is None for mod in attached.mods):
+        edits = record.edits_of(attached.mods, alpha)
+        for table in rotary.tables(model):
+            table.write(partial(edited, edits=edits) if edits else None)
+    for mod in (mod for mod in attached.mods if mod.edits_frequencies and mod.layers is not None):
+        selective.write(model, mod, alpha[mod.kind])
+    record.write(model, attached.mods, alpha, attached.rope_parameters, attached.bos_token_id)
     origin.mark(model, differs=alpha != attached.at_path)
 
 
@@ -381,8 +447,3 @@ def _attached(model: PreTrainedModel) -> Attached:
     if attached is None:
         raise ValueError("this model has no modifications; put them on with ropemods.apply(model, ...)")
     return attached
-
-
-def _check_alpha(strength: float) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-        raise ValueError(f"strength must be a number from 0 (stock) to 1 (the full modification), not {strength!r}")

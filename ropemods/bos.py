@@ -237,6 +237,7 @@ def complaint(problem_BN: Tensor, column_BN: Tensor, token_BN: Tensor, bos_token
     return (
         f"{int(rows.sum())} of {len(rows)} rows hold a sequence that does not begin with the BOS token "
         f"({bos_token_id}): row {row} begins at column {column} with token {token}. Put BOS in "
-        "front of every sequence (tokenizer.bos_token_id, add_special_tokens=True), hide padding by the "
-        "attention_mask, or set model.config.bos_token_id to the token your sequences begin with before apply"
+        "front of every sequence (tokenizer.bos_token_id, add_special_tokens=True), pass the "
+        "attention_mask that hides padding, or set model.config.bos_token_id to the token your sequences begin with "
+        "before apply"
     )

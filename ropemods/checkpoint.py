@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ropemods.attach import apply, attach, finish, refresh
+from ropemods.attach import attach, finish, put_on, refresh
 from ropemods.hooks import adapters, folding, native, record, unchanged
 from ropemods.hooks.partition import gathered
 from ropemods.hooks.sites import base_model, uncompiled
@@ -46,6 +46,7 @@ def from_pretrained(
         )
     model = _load(path, config, found, hf_kwargs)
     finish(model)
+    record.check_native(model, found, path)
     model.ropemods_attached.strength.update(found.strength)
     model.ropemods_attached.at_path.update(found.strength)
     refresh(model)
@@ -56,10 +57,10 @@ def recorded_strength(path: str | os.PathLike[str]) -> dict[str, float] | None:
     """The strengths that a checkpoint or an adapter directory records; None where it records none."""
     if adapters.is_adapter(path):
         _, described = adapters.read(path)
-        return None if described is None else record.parse(described).strength
+        return None if described is None else record.parse(described, path).strength
     config = Path(path) / "config.json"
     entry = json.loads(config.read_text(encoding="utf-8")).get("ropemods") if config.is_file() else None
-    return None if entry is None else record.parse(entry).strength
+    return None if entry is None else record.parse(entry, path).strength
 
 
 def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _load(
 
     def __init__(self, *args, **kwargs):
         cls.__init__(self, *args, **kwargs)
-        attach(self, found.mods)
+        attach(self, found.mods, recorded=found)
 
     # A class of its own for this one load: transformers makes the model from the class it is asked for.
     loading: Any = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
@@ -142,10 +143,10 @@ def _adapter(
     if base is None:
         raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
     model = _base(base, hf_kwargs)
-    wanted = record.parse(described)
+    wanted = record.parse(described, path)
     attached = getattr(model, "ropemods_attached", None)
     if attached is None:
-        apply(model, *wanted.mods, strength=0.0)
+        put_on(model, wanted.mods, recorded=wanted)
     elif attached.mods != wanted.mods:
         raise ValueError(
             f"the adapter in {path} was trained with {list(map(str, wanted.mods))}, and its base {base} is modified "
@@ -189,10 +190,11 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     del config.ropemods
     text = config.get_text_config(decoder=True)
     text.rope_parameters = copy.deepcopy(attached.rope_parameters)
-    for mod in (mod for mod in active if mod.edits_frequencies):
-        expressed = native.expressed(inner, mod, attached.strength[mod.kind], attached.rope_parameters)
+    if edits := record.edits_of(active, attached.strength):
+        expressed = native.expressed(inner, edits, attached.rope_parameters)
         if isinstance(expressed, str):
-            raise ValueError(f"{mod} cannot be written into a stock checkpoint: {expressed}")
+            names = " and ".join(str(mod) for mod, _ in edits)
+            raise ValueError(f"{names} cannot be written into a stock checkpoint: {expressed}")
         text.rope_parameters = expressed
     with gathered(inner):
         state = {k: v for k, v in inner.state_dict().items() if ".ropemods." not in f".{k}"}

@@ -183,7 +183,7 @@ def test_one_kind_may_stand_twice_on_layers_of_its_own(tmp_path) -> None:
         (rm.LearnedSink(init=0.3, layers=[0]), rm.LearnedSink(init=2.0, read_bos=True, layers=[1])),
     )
     model = rm.apply(zoo.build(), *mods)
-    starts = [p.tolist() for name, p in model.named_parameters() if name.endswith("logit")]
+    starts = [(layer.self_attn.ropemods.learned_sink.sink_H(torch.float32)).tolist() for layer in model.model.layers]
     assert starts == [[pytest.approx(0.3)] * 4, [2.0] * 4]
     assert [line.split("·")[1].strip() for line in rm.summary(model).splitlines()[:2]] == [
         "layers 0 of 2",

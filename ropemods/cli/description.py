@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from ropemods.cli.checkpoints import check_name, load_config, readable, skeleton
 from ropemods.hooks import adapters, record, rotary
 from ropemods.mods import Mod
+from ropemods.mods.base import Site
 
 STOPPED = 1e-28
 """A band below this turns by less than fp32 can tell at any position; longrope spells a stopped band so."""
@@ -39,7 +40,7 @@ def describe(name: str, *, trust_remote_code: bool) -> dict[str, Any]:
     else:
         config, found = load_config(name, trust_remote_code=trust_remote_code)
     mods, strength = ([], {}) if found is None else (found.mods, found.strength)
-    kept, total = _stored(Path(name), "model*" if adapter is None else "adapter_model*")
+    kept, total = _stored(Path(name), "model*" if adapter is None else "adapter_model*", mods)
     for mod in mods:
         if mod.trains and total is not None and mod.kind not in kept:
             notes.append(f"{mod.kind} has parameters, and the weights hold none: this was saved incompletely")
@@ -73,7 +74,7 @@ def _adapter(folder: Path) -> tuple[dict[str, Any], record.Record | None]:
         "alpha": raw.get("lora_alpha"),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
-    return about, None if described is None else record.parse(described)
+    return about, None if described is None else record.parse(described, folder)
 
 
 def _model(config: PreTrainedConfig, parameters: int | None) -> dict[str, Any]:
@@ -92,18 +93,32 @@ def _model(config: PreTrainedConfig, parameters: int | None) -> dict[str, Any]:
     }
 
 
-def _stored(folder: Path, files: str) -> tuple[dict[str, int], int | None]:
-    """Numbers stored for each kind of modification and in all; None in all where no safetensors file is at hand."""
+def _stored(folder: Path, files: str, mods: list[Mod]) -> tuple[dict[str, int], int | None]:
+    """Parameters of each kind of modification and in all; None in all where no safetensors file is at hand."""
     kept: dict[str, int] = {}
-    total = None
+    total, fixed = None, _fixed(mods)
     for file in sorted(folder.glob(f"{files}.safetensors")):
         with readable(str(file)), safe_open(file, "pt") as weights:
             for key in weights.keys():
+                own = re.search(r"(?:^|\.)ropemods\.((\w+)\..+)$", key)
+                if own and own[1] in fixed:
+                    continue
                 count = math.prod(weights.get_slice(key).get_shape())
                 total = (total or 0) + count
-                if own := re.search(r"(?:^|\.)ropemods\.(\w+)\.", key):
-                    kept[own[1]] = kept.get(own[1], 0) + count
+                if own:
+                    kept[own[2]] = kept.get(own[2], 0) + count
     return kept, total
+
+
+def _fixed(mods: list[Mod]) -> set[str]:
+    """What the layers' stages store beside their parameters, such as where a sink began."""
+    stages = {mod.kind: mod.stage(Site(0, 1)) for mod in mods}
+    return {
+        f"{kind}.{name}"
+        for kind, stage in stages.items()
+        if stage is not None
+        for name in set(stage.state_dict()) - {name for name, _ in stage.named_parameters()}
+    }
 
 
 def _stock_adapter_loads(mods: list[Mod]) -> tuple[bool, str]:
@@ -134,7 +149,7 @@ def _tables(
         after_F = before_F
         for mod in (mod for mod in mods if mod.edits_frequencies):
             if strength[mod.kind] > 0:
-                after_F = mod.frequencies(before_F, strength[mod.kind])
+                after_F = mod.frequencies(after_F, strength[mod.kind])
         parameters = text.rope_parameters if table.layer_type is None else text.rope_parameters[table.layer_type]
         before = _wavelengths(before_F)
         if parameters["rope_type"] == "proportional":

@@ -110,7 +110,7 @@ def _loading(stock: Callable, model: Any, model_id: Any, adapter_name: str, *arg
     if adapter_name in model.peft_config or not (Path(model_id) / FILE).is_file():
         return stock(model, model_id, adapter_name, *args, **kwargs)
     config, described = read(model_id)
-    wanted, attached = parse(described), getattr(base_model(model), "ropemods_attached", None)
+    wanted, attached = parse(described, model_id), getattr(base_model(model), "ropemods_attached", None)
     found = (attached.mods, attached.strength) if attached is not None else ([], {})
     if found != (wanted.mods, wanted.strength):
         raise ValueError(

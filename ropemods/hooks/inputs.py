@@ -215,7 +215,7 @@ def _kept_apart(model: PreTrainedModel, given: dict[str, Any]) -> Tensor | None:
 def _separates(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether transformers keeps sequences apart by their positions: without mask and cache."""
     caching = given.get("use_cache")
-    caching = model.config.get_text_config().use_cache if caching is None else caching
+    caching = getattr(model.config.get_text_config(), "use_cache", False) if caching is None else caching
     return given.get("attention_mask") is None and given.get("past_key_values") is None and not caching
 
 

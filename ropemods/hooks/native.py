@@ -14,27 +14,27 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropemods.hooks.rotary import Table, tables
-from ropemods.mods import Mod
+from ropemods.mods.base import Edits, edited
 
 DROPPED = 1e30
 """A longrope factor that stops a band: its phase at any position is below what fp32 can add to 1."""
 
 
-def native_parameters(model: PreTrainedModel, mod: Mod, alpha: float, stock: dict[str, Any]) -> dict[str, Any] | None:
+def native_parameters(model: PreTrainedModel, edits: Edits, stock: dict[str, Any]) -> dict[str, Any] | None:
     """Rope parameters in transformers' own words that give exactly the edited frequencies; None if there are none."""
     if _many_of_a_type(model):
         return None
-    proposals = per_table(model, stock, lambda part, table: _native(model, part, table, mod, alpha) or {})
+    proposals = per_table(model, stock, lambda part, table: _native(model, part, table, edits) or {})
     return proposals if all(parts(model, proposals)) else None
 
 
-def expressed(model: PreTrainedModel, mod: Mod, alpha: float, stock: dict[str, Any]) -> dict[str, Any] | str:
+def expressed(model: PreTrainedModel, edits: Edits, stock: dict[str, Any]) -> dict[str, Any] | str:
     """Stock rope parameters for the edited frequencies, or why there are none.
 
     Where no type has a word for them, longrope's factors per band can spell out any fixed table: factor_k is the stock
     frequency over the wanted one.
     """
-    native = native_parameters(model, mod, alpha, stock)
+    native = native_parameters(model, edits, stock)
     if native is not None:
         return native
     if _many_of_a_type(model):
@@ -42,7 +42,7 @@ def expressed(model: PreTrainedModel, mod: Mod, alpha: float, stock: dict[str, A
     kinds = {part.get("rope_type", "default") for part in parts(model, stock)}
     if "dynamic" in kinds:
         return "rope type 'dynamic' computes its frequencies anew at every length, which no list of factors can say"
-    proposals = per_table(model, stock, lambda part, table: _spelled_out(model, part, table, mod, alpha) or {})
+    proposals = per_table(model, stock, lambda part, table: _spelled_out(model, part, table, edits) or {})
     if not all(parts(model, proposals)):
         return f"no stock rope type gives its frequencies over the base type {', '.join(sorted(kinds))}"
     return proposals
@@ -54,13 +54,8 @@ def _many_of_a_type(model: PreTrainedModel) -> bool:
     return len(types) > len(set(types))
 
 
-def _spelled_out(
-    model: PreTrainedModel, part: dict[str, Any], table: Table, mod: Mod, alpha: float
-) -> dict[str, Any] | None:
-    wanted = {
-        name.removeprefix(table.prefix): mod.frequencies(value, alpha).cpu().float()
-        for name, value in table.pristine.items()
-    }
+def _spelled_out(model: PreTrainedModel, part: dict[str, Any], table: Table, edits: Edits) -> dict[str, Any] | None:
+    wanted = {name: value.cpu().float() for name, value in _wanted(table, edits).items()}
     config = table.module.config
     count = len(wanted["inv_freq"])
     base = part["rope_theta"]
@@ -97,29 +92,41 @@ def _factor(wanted: Tensor, power: Tensor) -> float:
     return float(exact[0] if exact else guess)
 
 
-def _native(
-    model: PreTrainedModel, part: dict[str, Any], table: Table, mod: Mod, alpha: float
-) -> dict[str, Any] | None:
+def _native(model: PreTrainedModel, part: dict[str, Any], table: Table, edits: Edits) -> dict[str, Any] | None:
     kind = part.get("rope_type", "default")
-    wanted = {name.removeprefix(table.prefix): mod.frequencies(value, alpha) for name, value in table.pristine.items()}
+    wanted = _wanted(table, edits)
     proposals = []
-    keep = getattr(mod, "keep", None)
+    keep = getattr(edits[0][0], "keep", None) if len(edits) == 1 else None
     if kind in ("default", "linear") and keep is not None:
         extra = {"factor": part["factor"]} if kind == "linear" else {}
         base = {k: v for k, v in part.items() if k not in ("rope_type", "partial_rotary_factor", "factor")}
         proposals.append(base | extra | {"rope_type": "proportional", "partial_rotary_factor": keep})
     if kind == "longrope":
-        dropped = [float(f) == 0.0 for f in mod.frequencies(torch.ones(len(wanted["inv_freq"])), alpha)]
+        dropped = [float(f) == 0.0 for f in edited(torch.ones(len(wanted["inv_freq"])), edits)]
         factors = {
             name: [DROPPED if gone else factor for gone, factor in zip(dropped, part[name], strict=True)]
             for name in ("short_factor", "long_factor")
         }
-        if alpha == 1:
+        if any(dropped):
             proposals.append(part | factors)
     for proposal in proposals:
         if _gives(table, proposal, wanted):
             return proposal
     return None
+
+
+def _wanted(table: Table, edits: Edits) -> dict[str, Tensor]:
+    """The edited buffers of a table, by their names without its prefix."""
+    return {name.removeprefix(table.prefix): edited(value, edits) for name, value in table.pristine.items()}
+
+
+def gives(model: PreTrainedModel, parameters: dict[str, Any], edits: Edits) -> bool:
+    """Whether transformers makes exactly the edited tables from these rope parameters."""
+    try:
+        each = list(zip(tables(model), parts(model, parameters), strict=True))
+        return all(_gives(table, part, _wanted(table, edits)) for table, part in each)
+    except (KeyError, TypeError, ValueError):  # they are from a file, and not rope parameters at all
+        return False
 
 
 def _gives(table: Table, proposal: dict[str, Any], wanted: dict[str, Tensor]) -> bool:

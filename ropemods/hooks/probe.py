@@ -1,4 +1,4 @@
-"""Short forward passes that learn something of a model: how it pairs rotary channels, and initial values."""
+"""A short forward pass that learns how a model pairs rotary channels, and quiet for such passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ropemods.attention import autocast
 from ropemods.attention.rows import Rows
 from ropemods.hooks import interface, rotary
 from ropemods.hooks.partition import gathered, home
-from ropemods.hooks.sites import AttentionSite, Stages, attention_layers, site_of
+from ropemods.hooks.sites import AttentionSite, attention_layers, site_of
 from ropemods.mods.base import Call, Layout
 
 
@@ -71,22 +71,3 @@ def layout(model: PreTrainedModel) -> Layout | None:
     with quietly(model), in_full_precision(model), gathered(model.get_input_embeddings(), block):
         found = rotary.find_layout(site.table, first_queries)
     return None if found is None else found[0]
-
-
-def calibrate(model: PreTrainedModel, ids_BT: Tensor) -> None:
-    """Let every stage choose initial values from what the unmodified model does on a batch."""
-    layers = {layer.ropemods_site.layer: layer for _, layer in attention_layers(model)}
-
-    def show(site: AttentionSite, rows: Rows, call: Call, _: Tensor | None) -> None:
-        stages = getattr(layers[site.layer], "ropemods", None)
-        if isinstance(stages, Stages):
-            for _, stage in stages.stages():
-                stage.calibrate(rows, call)
-
-    attached = model.ropemods_attached
-    before, attached.bos_active = attached.bos_active, attached.bos_token_id is not None
-    try:
-        with quietly(model), in_full_precision(model), interface.observed(show, of=model, want_lse=False):
-            model(input_ids=ids_BT, use_cache=False)
-    finally:
-        attached.bos_active = before

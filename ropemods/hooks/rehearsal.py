@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.attention import eager
+from ropemods.attention.rows import Rows, shown
 from ropemods.hooks import interface, rotary
 from ropemods.hooks.inputs import BOS, SHARED, carry
 from ropemods.hooks.partition import gathered_in_turn, home
 from ropemods.hooks.probe import in_full_precision, quietly
 from ropemods.hooks.rotary import Table
 from ropemods.hooks.sites import Stages, attention_layers
-from ropemods.mods.base import Mod
+from ropemods.mods.base import Call, Mod, with_bos_column
 
 TOKENS = 8
 TOLERANCE = 1e-3
@@ -70,6 +71,9 @@ def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> Non
             raise ValueError(f"a forward pass of {type(model).__name__} reached none of its attention layers")
         _check_finite(model, seen)
         for module in modules:
+            if module in seen:
+                _check_causal(model, module, seen[module].call)
+        for module in modules:
             if module in seen and getattr(module, "ropemods", None) is not None:
                 _check_call(attached, module, seen[module].call)
         for module in modules:
@@ -77,6 +81,13 @@ def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> Non
                 _find_rotation(model, module, seen[module], made)
                 module.ropemods_site.dropout = _dropout(module, seen[module])
     _check_rotation(model, [module for module in modules if module in seen])
+    with quietly(model), gathered_in_turn(model):
+        shared: dict[str, Tensor] = {}
+        for _, stage in model.ropemods.stages() if attached.wants_shared else ():
+            shared = stage(shared, Call())
+        for module in modules:
+            if module in seen and isinstance(getattr(module, "ropemods", None), Stages):
+                _check_terms(module, seen[module].call, shared)
 
 
 def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Module, Seen], _Made]:
@@ -131,6 +142,60 @@ def _check_finite(model: PreTrainedModel, seen: dict[nn.Module, Seen]) -> None:
         f"this {type(model).__name__} hands NaN or infinity to its attention before anything is modified: {found}; "
         "load weights that are whole, in a dtype that holds them"
     )
+
+
+def _check_causal(model: PreTrainedModel, module: nn.Module, asked: interface.Asked) -> None:
+    """That no token sees a later one: what is said of position 0 and of BOS holds in causal models only."""
+    if asked.key.shape[2] != asked.query.shape[2]:
+        return
+    options = {name: value for name, value in asked.own_options.items() if name != "position_bias"}
+    rows = interface.rows_of(asked.backend, module, *asked.inputs, **options)
+    if rows.mask is None:
+        later = not rows.causal
+    else:
+        seen = rows.mask[..., 0, -1]
+        later = bool(shown(seen).any())
+    if later:
+        raise ValueError(
+            f"{type(model).__name__} is no causal model: in {type(module).__name__} tokens see later ones, as in an "
+            "encoder. ropemods is for causal language models (AutoModelForCausalLM), where the first token sees only "
+            "itself"
+        )
+
+
+def _check_terms(module: nn.Module, asked: interface.Asked, shared: dict[str, Tensor]) -> None:
+    """That no two modifications set the same of a row, where the later would undo the earlier."""
+    site = module.ropemods_site
+    rows = interface.rows_of(asked.backend, module, *asked.inputs, **asked.own_options)
+    call = site.call(asked.options.get(BOS), rows.k_BGSD.shape[2], shared)
+    if call.bos_column_BN is not None:
+        rows = with_bos_column(rows, call)  # at its own logit, so that every other is some stage's
+    setters: dict[str, str] = {}
+    for kind, stage in module.ropemods.stages():
+        before = _set_once(rows)
+        stage.set_strength(1.0)
+        try:
+            rows = stage(rows, call)
+        finally:
+            stage.set_strength(0.0)
+        for name, value in _set_once(rows).items():
+            if value is before[name]:
+                continue
+            if name in setters:
+                raise ValueError(
+                    f"{setters[name]} and {kind} both set {name} of the rows in layer {site.layer}, and the second "
+                    "would undo the first; leave one out, or give each layers= of its own"
+                )
+            setters[name] = kind
+
+
+def _set_once(rows: Rows) -> dict[str, Any]:
+    """What of a row has one value; sinks and the weight of the BOS column add up, whoever comes first."""
+    return {
+        "the temperature": rows.temperature,
+        "the factor on the logits": rows.beta_BHT,
+        "the logit of BOS": None if rows.bos is None else rows.bos.logit_BHT,
+    }
 
 
 def _check_call(attached: Any, module: nn.Module, asked: interface.Asked) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropemods.mods import mod_from_json
-from ropemods.mods.base import Layout
+from ropemods.mods import Mod, mod_from_json
+from ropemods.mods.base import Edits, Layout, edited
 from ropemods.mods.unrotated_bos import turned_back
 
 KEPT = "ropemods_stock_"
@@ -91,22 +91,32 @@ class Table:
             else:  # a dynamic table may have been replaced
                 setattr(self.module, name, value.to(buffer.device))
         if self.own_init is not None:
-            self.module.rope_init_fn = self.own_init if edit is None else partial(_edited, self.own_init, edit)
+            self.module.rope_init_fn = self.own_init if edit is None else partial(_init_edited, self.own_init, edit)
         if "dynamic" in self.rope_type:
             self.rope_type = "dynamic" if edit is None else DYNAMIC
+            # The buffers are again those of short sequences; a long one must make them anew, as if it were the first.
+            setattr(self.module, f"{self.prefix}max_seq_len_cached", self.module.original_max_seq_len)
 
 
-def _edited(init: Callable, edit: Edit, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+def _init_edited(init: Callable, edit: Edit, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
     inv_freq, scaling = init(*args, **kwargs)
     return edit(inv_freq), scaling
 
 
-def sentinel(stock: dict[str, Any], frequencies: dict[str, Any] | None, alpha: float) -> dict[str, Any]:
+def sentinel(stock: dict[str, Any], edits: Edits) -> dict[str, Any]:
     """Rope parameters that stock transformers refuses, with everything needed to undo and redo them inside."""
-    inside = {"rope_type": stock.get("rope_type", "default")}
-    if frequencies is not None:
-        inside |= {"frequencies": frequencies, "strength": alpha}
+    inside: dict[str, Any] = {"rope_type": stock.get("rope_type", "default")}
+    if edits:
+        inside["frequencies"] = [{"mod": mod.to_json(), "strength": alpha} for mod, alpha in edits]
     return stock | {"rope_type": SENTINEL, "ropemods": inside}
+
+
+def edits_inside(inside: dict[str, Any]) -> list[tuple[Mod, float]]:
+    """The changes of frequencies that a sentinel describes."""
+    described = inside.get("frequencies", [])
+    if isinstance(described, dict):  # as version 0.1.0 wrote it, for one change
+        described = [{"mod": described, "strength": inside["strength"]}]
+    return [(mod_from_json(each["mod"]), each["strength"]) for each in described]
 
 
 def without_sentinel(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +125,13 @@ def without_sentinel(parameters: dict[str, Any]) -> dict[str, Any]:
         stock = {k: v for k, v in parameters.items() if k != "ropemods"}
         return stock | {"rope_type": parameters["ropemods"]["rope_type"]}
     return {k: without_sentinel(v) if isinstance(v, dict) else v for k, v in parameters.items()}
+
+
+def described(parameters: dict[str, Any], layer_type: str | None, edits: Edits) -> dict[str, Any]:
+    """Rope parameters, with or without a sentinel, with one that describes these edits of one table."""
+    part = without_sentinel(parameters if layer_type is None else parameters[layer_type])
+    part = sentinel(part, edits) if edits else part
+    return part if layer_type is None else parameters | {layer_type: part}
 
 
 def _refuse(config, *args, **kwargs):
@@ -129,8 +146,7 @@ def _dynamic(config, device=None, seq_len=None, layer_type=None, **kwargs):
     """The stock dynamic frequencies for this length, edited as the config says."""
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     inv_freq, scaling = ROPE_INIT_FUNCTIONS["dynamic"](config, device, seq_len=seq_len, layer_type=layer_type, **kwargs)
-    inside = parameters["ropemods"]
-    return mod_from_json(inside["frequencies"]).frequencies(inv_freq, inside["strength"]), scaling
+    return edited(inv_freq, edits_inside(parameters["ropemods"])), scaling
 
 
 ROPE_INIT_FUNCTIONS[SENTINEL] = _refuse
@@ -252,7 +268,7 @@ def frequencies(table: Table, value: Tensor) -> Iterator[None]:
         for name in saved:
             getattr(table.module, name).copy_(value)
         if table.own_init is not None:
-            table.module.rope_init_fn = partial(_edited, table.own_init, lambda _: value)
+            table.module.rope_init_fn = partial(_init_edited, table.own_init, lambda _: value)
         yield
     finally:
         for name, tensor in saved.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from ropemods.hooks import rotary
 from ropemods.hooks.rotary import Table
 from ropemods.mods import Mod
+from ropemods.mods.base import edited
 
 
 @dataclasses.dataclass
@@ -49,6 +51,17 @@ def build(model: PreTrainedModel, mod: Mod, layers: list[nn.Module]) -> None:
         if mod.selects(site.layer, len(layers)) and site.table is not None:
             site.table = by_prefix[site.table.prefix]
             layer.ropemods_twins = model.ropemods_twins
+
+
+def write(model: PreTrainedModel, mod: Mod, alpha: float) -> None:
+    """Edit the tables of the selected layers; at 0 these layers are handed the model's own."""
+    model.ropemods_twins.active = alpha > 0
+    edits = [(mod, alpha)] if alpha > 0 else []
+    for table in tables(model):
+        table.write(partial(edited, edits=edits) if edits else None)
+        if "dynamic" in table.rope_type:  # it makes its frequencies anew as sequences grow, from its config
+            config = table.module.config  # the twin's own
+            config.rope_parameters = rotary.described(config.rope_parameters, table.layer_type, edits)
 
 
 def _substitute(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):

@@ -275,6 +275,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _bos(tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None) -> int:
     bos = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
+    if bos_token_id is not None and (isinstance(bos, bool) or not isinstance(bos, int)):
+        raise ValueError(
+            f"bos_token_id is the id of a token, a whole number, not {bos!r}; for a token by its name, "
+            "tokenizer.convert_tokens_to_ids(name) gives it"
+        )
     if not isinstance(bos, int):
         raise ValueError(
             "this tokenizer has no BOS token, and leakage is measured with BOS at position 0. Name "

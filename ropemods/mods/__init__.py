@@ -1,9 +1,12 @@
-"""The modifications. This tuple is the only list of them."""
+"""The modifications. This tuple is the list of ours; `register` adds those of others."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from typing import Any, TypeVar
+
+from torch import nn
 
 from ropemods.mods.adaptive_temperature import AdaptiveTemperature
 from ropemods.mods.base import Mod
@@ -14,19 +17,80 @@ from ropemods.mods.unrotated_bos import UnrotatedBos
 
 MODS: tuple[type[Mod], ...] = (TruncatedRoPE, AdaptiveTemperature, ReplacedBos, UnrotatedBos, LearnedSink)
 
+_registered: dict[str, type[Mod]] = {}
+AnyMod = TypeVar("AnyMod", bound=type[Mod])
+
+
+def kinds() -> dict[str, type[Mod]]:
+    """Every modification that a record may name, by its kind."""
+    return {mod.kind: mod for mod in MODS} | _registered
+
+
+def register(mod: AnyMod) -> AnyMod:
+    """Make a modification of your own known by its `kind`, so that checkpoints that record it can be read.
+
+        @rm.register
+        @dataclasses.dataclass(frozen=True)
+        class Damped(rm.Mod):
+            kind: ClassVar[str] = "damped"
+            by: float = 0.5
+            ...
+
+    `ropemods.mods.base` says what it may implement. Registering the same class again (a notebook cell run twice) puts
+    the new one in its place; a kind that another class has is an error.
+    """
+    if not (isinstance(mod, type) and issubclass(mod, Mod)):
+        raise TypeError(f"register takes a class derived from ropemods.Mod, not {mod!r}")
+    name, kind = mod.__qualname__, getattr(mod, "kind", None)
+    if not dataclasses.is_dataclass(mod) or "__dataclass_fields__" not in vars(mod) or not _frozen(mod):
+        raise TypeError(f"{name} must be a frozen dataclass; put @dataclasses.dataclass(frozen=True) on it")
+    if not isinstance(kind, str) or not kind.isidentifier() or hasattr(nn.Module, kind):
+        raise ValueError(f"{name}.kind must be a name such as 'learned_sink', for records and parameters; not {kind!r}")
+    other = kinds().get(kind)
+    if other is not None and (other.__module__, other.__qualname__) != (mod.__module__, name):
+        raise ValueError(f"the kind {kind!r} is {other.__module__}.{other.__qualname__}'s; give {name} another")
+    if mod not in MODS:
+        _registered[kind] = mod
+    return mod
+
+
+def _frozen(mod: type[Mod]) -> bool:
+    return mod.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
 
 def mod_from_json(record: dict[str, Any]) -> Mod:
     """The modification that `Mod.to_json` described; unknown kinds and options are errors that name the known ones."""
-    kinds = {mod.kind: mod for mod in MODS}
+    if not isinstance(record, dict):
+        raise ValueError(f"a modification is recorded as its kind and options, {{'kind': …}}, not {record!r}")
     options = dict(record)
-    kind = options.pop("kind", None)
-    if kind not in kinds:
-        raise ValueError(f"unknown modification {kind!r}; known are {', '.join(kinds)}")
-    known = [field.name for field in dataclasses.fields(kinds[kind])]
+    kind, known_kinds = options.pop("kind", None), kinds()
+    if not isinstance(kind, str) or kind not in known_kinds:
+        raise ValueError(
+            f"unknown modification {kind!r}; known are {', '.join(known_kinds)}. One of your own is known once its "
+            "class is: import it and ropemods.register(it) before loading"
+        )
+    mod = known_kinds[kind]
+    known = [field.name for field in dataclasses.fields(mod)]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"{kind} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    return kinds[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    return mod(**options)
+
+
+def recordable(mod: Mod) -> str | None:
+    """Why a checkpoint of a model with this modification could not be read again; None when it could."""
+    if kinds().get(mod.kind) is not type(mod):
+        return (
+            f"{type(mod).__name__} is not registered, so a checkpoint that records it could not be loaded again; put "
+            "@ropemods.register on the class, or call ropemods.register on it"
+        )
+    try:
+        again = mod_from_json(json.loads(json.dumps(mod.to_json())))
+    except (TypeError, ValueError) as error:
+        return f"{mod} cannot be written to a checkpoint and read again: {error}"
+    if again != mod:
+        return f"{mod}, written to a checkpoint and read again, is {again}; give its options types that JSON has"
+    return None
 
 
 __all__ = [
@@ -37,5 +101,8 @@ __all__ = [
     "ReplacedBos",
     "TruncatedRoPE",
     "UnrotatedBos",
+    "kinds",
     "mod_from_json",
+    "recordable",
+    "register",
 ]

@@ -48,15 +48,8 @@ class AdaptiveTemperature(Mod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
         if len(self.coefficients) < 2:
             raise ValueError(f"adaptive_temperature: coefficients must be two or more, not {self.coefficients!r}")
-        if self.beyond not in ("paper", "hold"):
-            raise ValueError(f"adaptive_temperature: beyond must be 'paper' or 'hold', not {self.beyond!r}")
-        if self.trainable not in (False, "shared", "layer", "head"):
-            raise ValueError(
-                f"adaptive_temperature: trainable must be False, 'shared', 'layer' or 'head', not {self.trainable!r}"
-            )
         if self.peak() is None:
             raise ValueError(
                 f"adaptive_temperature: P(H) with coefficients {self.coefficients} is at most 1 for every entropy from "

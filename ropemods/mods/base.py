@@ -14,12 +14,15 @@ modification). At exactly 0 it is inactive and is not called at all.
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ropemods.attention.rows import BosColumn, Rows, dot_with_bos, soft_capped
+from ropemods.mods.values import held_to
 
 
 class Layout(NamedTuple):
@@ -107,19 +110,18 @@ class Mod:
     always_shown: ClassVar[tuple[str, ...]] = ()
     """Options that are named even at their defaults."""
 
-    layers: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
+    layers: tuple[int, ...] | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"words": "a list of layer indices"}
+    )
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            if field.type in ("bool", bool) and not isinstance(getattr(self, field.name), bool):
-                raise ValueError(f"{self.kind}: {field.name} must be true or false, not {getattr(self, field.name)!r}")
-        if self.layers is None:
-            return
-        if isinstance(self.layers, int) or not all(type(index) is int for index in self.layers):
-            raise ValueError(f"{self.kind}: layers must be a list of layer indices, not {self.layers!r}")
-        if not self.layers:
+            name, words = f"{self.kind}: {field.name}", field.metadata.get("words")
+            value = held_to(hints[field.name], getattr(self, field.name), name, words=words)
+            object.__setattr__(self, field.name, value)
+        if self.layers == ():
             raise ValueError(f"{self.kind}: layers is empty, so nothing would change; leave it out for all layers")
-        object.__setattr__(self, "layers", tuple(self.layers))
 
     @property
     def needs_bos(self) -> bool:
@@ -136,6 +138,10 @@ class Mod:
         """Whether it chooses initial values from a calibration batch."""
         return False
 
+    def gentler(self) -> tuple[Mod, ...]:
+        """Forms of it that may cost an untrained model less, for `apply` to try on a calibration batch."""
+        return ()
+
     @property
     def needs_layout(self) -> bool:
         """Whether the stage rotates queries itself and so must know how the model pairs channels."""
@@ -151,16 +157,31 @@ class Mod:
         """Whether a position may be exactly zero in every layer, where backpropagation multiplies zero by infinity."""
         return False
 
-    def conflict(self, other: Mod) -> str | None:
-        """Why this modification cannot stand beside `other`; None when it can."""
+    @property
+    def closes_bos(self) -> bool:
+        """Whether later queries, at strength 1, no longer read the BOS column in the layers it acts on."""
+        return False
+
+    def conflict(self, others: Sequence[Mod], layer_count: int) -> str | None:
+        """Why this modification cannot stand beside these others; None when it can."""
         return None
 
     def export_obstacle(self) -> str | None:
         """Why no stock checkpoint can hold it; None when one may."""
-        return "it acts on attention scores, which a stock model computes as it always has"
+        if type(self).stage is not Mod.stage:
+            return "it acts on attention scores, which a stock model computes as it always has"
+        if type(self).embedding_stage is not Mod.embedding_stage:
+            return "it acts on what the input embedding gives, by a rule that no row of a stock embedding holds"
+        if self.layers is not None:
+            return "it acts on some layers only, and a stock config has one set of frequencies for all"
+        return None
 
     def selects(self, layer: int, layer_count: int) -> bool:
         return self.layers is None or layer in {index % layer_count for index in self.layers}
+
+    def acts_on(self, layer_count: int) -> set[int]:
+        """The layers it selects of a model that has so many."""
+        return {layer for layer in range(layer_count) if self.selects(layer, layer_count)}
 
     @property
     def edits_frequencies(self) -> bool:
@@ -194,6 +215,17 @@ class Mod:
     def embedding_stage(self, bos_token_id: int) -> Stage | None:
         """The stage for the input embedding; None when the modification leaves it alone."""
         return None
+
+
+Edits = Sequence[tuple[Mod, float]]
+"""Changes of the rotary frequencies, each with its strength; each acts on what the one before it gives."""
+
+
+def edited(inv_freq_F: Tensor, edits: Edits) -> Tensor:
+    """The frequencies after all of these changes."""
+    for mod, alpha in edits:
+        inv_freq_F = mod.frequencies(inv_freq_F, alpha)
+    return inv_freq_F
 
 
 def with_bos_column(rows: Rows, call: Call) -> Rows:

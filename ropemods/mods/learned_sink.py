@@ -8,9 +8,11 @@ to later queries as the sink opens: its weight is 1 − strength. The BOS itself
 Closing column 0 alone leaves position 1 as the new closed trajectory: look at its mass too when you measure.
 
 `init` is a number, or "calibrated": with a calibration batch, the logit at which the sink takes, on average, the mass
-that BOS had in that head; without one, 0. `raised` is added to that start: a sink above what BOS had makes every row's
-denominator depend less on how many keys it has. Strength 0 is the stock softmax. One number a
-head trains: how far the sink has moved from its start, which is where weight decay pulls it.
+that BOS had in that head (beside BOS, where that goes on being read); without one, 0. A head that parks on BOS row by
+row cannot be met by one number, so on a model with a real sink this start can cost more than 0 does: `apply` measures
+it on the batch and says so. `raised` is added to that start: a sink above what BOS had makes every row's denominator
+depend less on how many keys it has. Strength 0 is the stock softmax. One number a head trains: how far the sink has
+moved from its start, which is where weight decay pulls it.
 Cost: one elementwise pass over the output, and eight more channels a head where the BOS column is closed.
 """
 
@@ -39,10 +41,6 @@ class LearnedSink(Mod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.init, bool) or (self.init != "calibrated" and not isinstance(self.init, int | float)):
-            raise ValueError(f"learned_sink: init must be a number or 'calibrated', not {self.init!r}")
-        if isinstance(self.raised, bool) or not isinstance(self.raised, int | float):
-            raise ValueError(f"learned_sink: raised must be a number, not {self.raised!r}")
         if self.raised and self.init != "calibrated":
             raise ValueError("learned_sink: raised is added to a calibrated start; with a number, give the sum as init")
 
@@ -62,20 +60,13 @@ class LearnedSink(Mod):
     def calibrates(self) -> bool:
         return self.init == "calibrated"
 
-    def conflict(self, other: Mod) -> str | None:
-        if self.read_bos or self.layers is not None:
-            return None
-        if other.kind == "unrotated_bos":
-            return (
-                "UnrotatedBos rescores the BOS column and LearnedSink closes it, so the first would do nothing; "
-                "use LearnedSink(read_bos=True) or leave UnrotatedBos out"
-            )
-        if other.kind == "replaced_bos":
-            return (
-                "ReplacedBos changes what later tokens read at BOS and LearnedSink closes that column to them, so the "
-                "first would reach no later token; use LearnedSink(read_bos=True) or leave ReplacedBos out"
-            )
-        return None
+    def gentler(self) -> tuple[Mod, ...]:
+        numbers = [dataclasses.replace(self, init=0.0, raised=0.0, read_bos=read) for read in (self.read_bos, True)]
+        return tuple(dict.fromkeys(mod for mod in numbers if mod != self))
+
+    @property
+    def closes_bos(self) -> bool:
+        return not self.read_bos
 
     def stage(self, site: Site) -> Stage:
         return LearnedSinkStage(self, site.heads)
@@ -124,18 +115,22 @@ class LearnedSinkStage(Stage):
         _, _, log_rest = eager.attend(rows._replace(bos=rows.bos.closed()))
         seen = later & log_rest.isfinite()
         bos_mass = -torch.expm1(torch.where(seen, log_rest - log_all, 0.0))
-        self.start.copy_(sink_with_mass(log_rest, bos_mass, seen) + self.mod.raised)
+        beside = log_all if self.mod.read_bos else log_rest
+        self.start.copy_(sink_with_mass(beside, bos_mass, seen) + self.mod.raised)
 
 
-def sink_with_mass(log_rest_BHT: Tensor, mass_BHT: Tensor, seen_BHT: Tensor) -> Tensor:
-    """Per head, the logit σ with mean sigmoid(σ − log Z_rest) = mean mass, by bisection; the mean is monotone in σ."""
+def sink_with_mass(log_beside_BHT: Tensor, mass_BHT: Tensor, seen_BHT: Tensor) -> Tensor:
+    """Per head, the logit σ with mean sigmoid(σ − log Z) = mean mass, by bisection; the mean is monotone in σ.
+
+    Z is the sum of what stays beside the sink.
+    """
     seen = seen_BHT.expand_as(mass_BHT).to(mass_BHT.dtype)
     count = seen.sum((0, 2))
     wanted = (mass_BHT * seen).sum((0, 2)) / count
-    log_rest = torch.where(seen_BHT, log_rest_BHT, 0.0)
+    log_beside = torch.where(seen_BHT, log_beside_BHT, 0.0)
     low, high = torch.full_like(wanted, -50.0), torch.full_like(wanted, 50.0)
     for _ in range(60):
         middle = (low + high) / 2
-        mass = (torch.sigmoid(middle[:, None] - log_rest) * seen).sum((0, 2)) / count
+        mass = (torch.sigmoid(middle[:, None] - log_beside) * seen).sum((0, 2)) / count
         low, high = torch.where(mass < wanted, middle, low), torch.where(mass < wanted, high, middle)
     return (low + high) / 2

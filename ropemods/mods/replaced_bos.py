@@ -27,6 +27,7 @@ the embedding row on export.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -48,8 +49,6 @@ class ReplacedBos(Mod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.by not in ("zero", "mean", "noise", "random_token"):
-            raise ValueError(f"replaced_bos: by must be 'zero', 'mean', 'noise' or 'random_token', not {self.by!r}")
         if self.layers is not None:
             raise ValueError("replaced_bos: it acts at the input, before every layer, so it takes no layers=")
 
@@ -60,6 +59,17 @@ class ReplacedBos(Mod):
     @property
     def zeroes_states(self) -> bool:
         return self.by == "zero"
+
+    def conflict(self, others: Sequence[Mod], layer_count: int) -> str | None:
+        closing = [other for other in others if other.closes_bos]
+        if set().union(*(other.acts_on(layer_count) for other in closing)) != set(range(layer_count)):
+            return None
+        closer = type(closing[0]).__name__
+        return (
+            f"ReplacedBos changes what later tokens read at BOS and {closer} closes that column to them in every "
+            f"layer, so the first would reach no later token; use {closer}(read_bos=True), leave a layer open with "
+            "layers=, or leave ReplacedBos out"
+        )
 
     def export_obstacle(self) -> str | None:
         if self.by == "random_token":

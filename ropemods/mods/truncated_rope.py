@@ -5,8 +5,10 @@
 The exponent keeps the full d, so the kept frequencies are unchanged: this is not partial RoPE, which re-spreads the
 ladder over fewer channels and keeps the lowest. `which="highest"` drops the highest instead, the paper's control.
 
-Strength 0 is RoPE; 1 is p-RoPE: dropped pairs have cos 1 and sin 0. Nothing trains. It costs nothing: the tables are
-edited, not the attention. Cached decoding is that of RoPE.
+Strength 0 is RoPE; 1 is p-RoPE: dropped pairs are not turned, whatever the position. Their cos is 1 and their sin 0,
+both times what the model's scaling puts on every pair: YaRN and longrope multiply all tables by one factor (1.1386 for
+YaRN by 4), which sharpens every logit alike and says nothing of position, so it stays as it was trained.
+Nothing trains. It costs nothing: the tables are edited, not the attention. Cached decoding is that of RoPE.
 """
 
 from __future__ import annotations
@@ -32,18 +34,11 @@ class TruncatedRoPE(Mod):
     """Which end of the ladder is dropped."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 <= self.keep < 1:
             raise ValueError(
                 f"truncated_rope: keep must be at least 0 (NoPE) and below 1 (RoPE itself), not {self.keep!r}"
             )
-        if self.which not in ("lowest", "highest"):
-            raise ValueError(f"truncated_rope: which must be 'lowest' or 'highest', not {self.which!r}")
-
-    def export_obstacle(self) -> str | None:
-        if self.layers is not None:
-            return "it acts on some layers only, and a stock config has one set of frequencies for all"
-        return None
+        super().__post_init__()
 
     def kept(self, count: int) -> int:
         """How many of `count` frequencies stay: the floor, as the paper's code and transformers have it."""

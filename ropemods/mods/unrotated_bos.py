@@ -12,6 +12,7 @@ Cost: a head wider by eight channels, no second attention pass and no mask. The 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,18 @@ class UnrotatedBos(Mod):
     @property
     def needs_layout(self) -> bool:
         return True
+
+    def conflict(self, others: Sequence[Mod], layer_count: int) -> str | None:
+        own = self.acts_on(layer_count)
+        for other in (other for other in others if other.closes_bos):
+            if both := sorted(own & other.acts_on(layer_count)):
+                rest = sorted(own - set(both))
+                instead = f"give UnrotatedBos the layers {rest} alone" if rest else "leave UnrotatedBos out"
+                return (
+                    f"UnrotatedBos rescores the BOS column and {type(other).__name__} closes it, in layers {both} "
+                    f"both, where the first would do nothing; use {type(other).__name__}(read_bos=True), or {instead}"
+                )
+        return None
 
     def stage(self, site: Site) -> Stage:
         return UnrotatedBosStage()

@@ -36,6 +36,18 @@ class Rows:
         return int((self.positions_NT >= 0).sum())
 
 
+def first_sequences(rows: Rows, wanted: int) -> Tensor:
+    """(B, T): the first sequence of each of `wanted` rows, cut to the shortest: no padding, no second sequence.
+
+    The rows are those of the first few times as many with the longest; where nothing is padded or packed, the first.
+    """
+    positions_NT = np.asarray(rows.positions_NT[: 8 * wanted])
+    broken_NT = positions_NT[:, 1:] != positions_NT[:, :-1] + 1
+    length_N = np.where(broken_NT.any(1), broken_NT.argmax(1) + 1, positions_NT.shape[1])
+    chosen = np.sort(np.argsort(-length_N, kind="stable")[:wanted])
+    return torch.from_numpy(rows.tokens_NT[chosen, : length_N[chosen].min()].astype("int64"))
+
+
 class Ordered(Dataset[Row]):
     """Rows in the order in which a run reads them."""
 

@@ -102,7 +102,8 @@ def modified(recipe: Recipe, model: nn.Module, calibration_BT: Tensor, *, streng
     """The same model with the recipe's modifications on it."""
     was_training = model.training
     model.eval()
-    ropemods.apply(model, *recipe.mods, strength=strength, calibration=calibration_BT)
+    wanted = any(mod.calibrates for mod in recipe.mods)
+    ropemods.apply(model, *recipe.mods, strength=strength, calibration=calibration_BT if wanted else None)
     return model.train(was_training)
 
 

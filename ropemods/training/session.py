@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ropemods.training import models, world
 from ropemods.training.arm import ARMS, Arm
+from ropemods.training.batches import first_sequences
 from ropemods.training.data import Data, TooLittleText, prepare
 from ropemods.training.models import Base
 from ropemods.training.progress import watched
@@ -83,9 +84,8 @@ class Session:
             yield from ((arm, seed) for seed in (range(self.recipe.options.seeds) if arm.trained else (None,)))
 
     def calibration(self) -> Tensor:
-        """Rows (B, T) from which modifications take initial values; the same for every arm and seed."""
-        tokens_NT = self.data[self.recipe.options.text].rows.tokens_NT
-        return torch.from_numpy(tokens_NT[: self.recipe.options.calibration_rows].astype("int64"))
+        """Token ids (B, T) from which modifications take initial values; the same for every arm and seed."""
+        return first_sequences(self.data[self.recipe.options.text].rows, self.recipe.options.calibration_rows)
 
     def arguments(self, **changes: Any) -> TrainingArguments:
         return arguments(self.recipe, self.batch, max_steps=self.steps, **changes)

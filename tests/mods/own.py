@@ -1,0 +1,94 @@
+"""Modifications of a user's own, one for each place that a modification may act in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import ropemods as rm
+from ropemods.attention.rows import Rows, Temperature
+from ropemods.mods.base import Call, Site, Stage, with_bos_column
+
+
+@rm.register
+@dataclasses.dataclass(frozen=True)
+class Slowed(rm.Mod):
+    """Every rotary frequency is lower by a factor."""
+
+    kind: ClassVar[str] = "slowed"
+
+    by: float = 0.5
+
+    def frequencies(self, inv_freq_F: Tensor, alpha: float) -> Tensor:
+        return inv_freq_F * (1 - alpha * self.by)
+
+
+@rm.register
+@dataclasses.dataclass(frozen=True)
+class Shifted(rm.Mod):
+    """A trainable number for each head joins the softmax's denominator."""
+
+    kind: ClassVar[str] = "shifted"
+
+    start: float = 0.5
+    names: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def stage(self, site: Site) -> Stage:
+        return ShiftedStage(self, site.heads)
+
+
+class ShiftedStage(Stage):
+    def __init__(self, mod: Shifted, heads: int) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.full((heads,), mod.start))
+
+    def forward(self, rows: Rows, call: Call) -> Rows:
+        own = self.number.float() + self.strength.log()
+        return rows._replace(sink_H=own if rows.sink_H is None else torch.logaddexp(own, rows.sink_H.float()))
+
+
+@rm.register
+@dataclasses.dataclass(frozen=True)
+class Cooled(rm.Mod):
+    """A temperature that the entropy does not move."""
+
+    kind: ClassVar[str] = "cooled"
+
+    def stage(self, site: Site) -> Stage:
+        return CooledStage()
+
+
+class CooledStage(Stage):
+    def forward(self, rows: Rows, call: Call) -> Rows:
+        rule = torch.tensor([[0.0, 2.0]], device=rows.q_BHTD.device)
+        return rows._replace(temperature=Temperature(rule, self.strength, None, False))
+
+
+@rm.register
+@dataclasses.dataclass(frozen=True)
+class Levelled(rm.Mod):
+    """The BOS column at logit 0."""
+
+    kind: ClassVar[str] = "levelled"
+
+    @property
+    def needs_bos(self) -> bool:
+        return True
+
+    def stage(self, site: Site) -> Stage:
+        return LevelledStage()
+
+
+class LevelledStage(Stage):
+    def forward(self, rows: Rows, call: Call) -> Rows:
+        rows = with_bos_column(rows, call)
+        assert rows.bos is not None
+        logit = rows.bos.logit_BHT * (1 - self.strength)
+        return rows._replace(bos=rows.bos._replace(logit_BHT=logit))
