@@ -100,9 +100,9 @@ def _adapter(
     is_trainable: bool,
     hf_kwargs: dict[str, Any],
 ) -> nn.Module:
+    adapter_config, described = adapters.read(path)
     from peft import PeftModel
 
-    adapter_config, described = adapters.read(path)
     if described is None:
         raise ValueError(
             f"{path} is a PEFT adapter without modifications (no {adapters.FILE} beside it); load it with peft"

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ropemods.atomic import write_text
+from ropemods.extras import need
 from ropemods.hooks.sites import Stages, base_model
 
 FILE = "ropemods.json"
@@ -31,12 +32,17 @@ class _OnImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path, target=None):
         if name != "peft":
             return None
+        # A spec is also asked for by who only wants to know whether there is one, so this stays until the import.
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 _wrap_saving(module.PeftModel)
 
@@ -46,7 +52,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 def watch_saving() -> None:
     """See to it that PEFT's `save_pretrained` is wrapped, now or when PEFT is imported; once."""
-    if "peft" in sys.modules:
+    if sys.modules.get("peft") is not None:
         _wrap_saving(sys.modules["peft"].PeftModel)
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())
@@ -107,6 +113,7 @@ def is_adapter(path: str | os.PathLike) -> bool:
 
 def read(path: str | os.PathLike):
     """The PEFT config of an adapter directory and the description beside it (None for a stock adapter)."""
+    need("peft", f"{path} is a PEFT adapter; reading it")
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
