@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import transformers
@@ -23,36 +23,61 @@ from ropemods.hooks.sites import base_model
 from ropemods.mods import Mod
 
 
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
+) -> tuple[nn.Module, dict[str, Any]]: ...
+
+
+@overload
+def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module: ...
+
+
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
     base_model_name_or_path: str | os.PathLike[str] | None = None,
     is_trainable: bool = False,
+    config: PreTrainedConfig | None = None,
+    output_loading_info: bool = False,
     **hf_kwargs: Any,
-) -> nn.Module:
+) -> nn.Module | tuple[nn.Module, dict[str, Any]]:
     """Load what `save_pretrained` wrote of a modified model: a full checkpoint, or a PEFT adapter directory.
 
-    `hf_kwargs` go to transformers' own `from_pretrained`. For an adapter, `base_model_name_or_path` overrides the base
-    that it names, and `is_trainable` leaves it ready to train on.
+    `hf_kwargs` go to transformers' own `from_pretrained`, and `config` and `output_loading_info` are as there. For an
+    adapter, `base_model_name_or_path` overrides the base that it names, `config` is the base's, and `is_trainable`
+    leaves it ready to train on.
     """
-    if adapters.is_adapter(path):
-        return _adapter(path, base_model_name_or_path, is_trainable, hf_kwargs)
+    folder = Path(path, hf_kwargs.get("subfolder", ""))
+    if adapters.is_adapter(folder):
+        if output_loading_info:
+            raise ValueError(
+                f"{folder} is an adapter, whose base is loaded apart from it, so neither info is of the whole; load "
+                "the base by itself with output_loading_info=True"
+            )
+        of_base = {k: v for k, v in hf_kwargs.items() if k != "subfolder"} | (
+            {} if config is None else {"config": config}
+        )
+        return _adapter(folder, base_model_name_or_path, is_trainable, of_base)
+    given = config
     config, found = record.load_config(path, **_hub(hf_kwargs))
     if found is None:
         raise ValueError(
             f"{path} records no modification (its config has no 'ropemods'), so there is nothing that transformers' "
             "own from_pretrained would not do; load it with AutoModelForCausalLM and modify it with ropemods.apply"
         )
-    model = _load(path, config, found.mods, hf_kwargs)
+    if given is not None:
+        config = record.stock_of(given, found, path)
+    model, report = _load(path, config, found.mods, hf_kwargs)
     finish(model)
     model.ropemods_attached.strength.update(found.strength)
     refresh(model)
-    return model
+    return (model, report) if output_loading_info else model
 
 
 def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of transformers' keyword arguments that say where and how to find a file."""
-    known = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    known = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     return {name: hf_kwargs[name] for name in known if name in hf_kwargs}
 
 
@@ -61,7 +86,7 @@ def _load(
     config: PreTrainedConfig,
     mods: list[Mod],
     hf_kwargs: dict[str, Any],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
     cls = _class_of(config, hf_kwargs)
 
@@ -79,7 +104,7 @@ def _load(
             f"{path} does not hold every parameter of the modified model: missing {missing[:4]} ({len(missing)} in "
             f"all), of another shape {mismatched[:4]}; it was saved incompletely; save it again from memory"
         )
-    return model
+    return model, report
 
 
 def _class_of(config: PreTrainedConfig, hf_kwargs: dict[str, Any]) -> Any:
