@@ -5,8 +5,10 @@ DATA ?= ../shared/data
 # The Python that runs everything: PYTHON=, or that of the active environment, where nothing is installed unasked; else
 # that of .venv here, which is made when it is missing, or older than what says what belongs in it.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+ifneq ($(wildcard .venv/complete .venv/unfinished),) # made by make, so it is kept up to date when it is active, too
 ifeq ($(ACTIVE),$(CURDIR)/.venv)
 ACTIVE :=
+endif
 endif
 ifneq ($(PYTHON),)
 ENVIRONMENT := given
@@ -25,8 +27,7 @@ test quick sweep evals: export HF_HUB_OFFLINE := 1
 # One thread a test worker: with more, workers wait for each other.
 test quick: export OMP_NUM_THREADS := 1
 EXTRA := dev
-demo: EXTRA := train
-evals: EXTRA := train
+demo sweep evals: EXTRA := train
 
 .PHONY: help install lint test quick sweep evals demo given
 
@@ -83,5 +84,6 @@ evals: $(ENVIRONMENT)
 	"$(PYTHON)" -m evals page
 
 demo: $(ENVIRONMENT)
+	$(if $(filter-out tiny,$(DEMO)),$(error DEMO=$(DEMO): tiny, or left out))
 	@"$(PYTHON)" recipes/demo.py $(if $(filter tiny,$(DEMO)),--tiny) \
 		$${MODEL:+--model "$$MODEL"} $${TEXT:+--text "$$TEXT"}

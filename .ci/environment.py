@@ -117,7 +117,8 @@ def install(python: Path, *, extra_environment: dict[str, str] | None = None) ->
     """torch first, so that whatever is built against it finds it; then everything, under the constraints."""
     # The checkout on PYTHONPATH would pass for an installed package.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (extra_environment or {})
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    # Most modules of torch and transformers are never imported, so each is compiled when it first is.
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
     pip += [] if sys.stdout.isatty() else ["--quiet"]
     run([*pip, pinned("torch")], f"pip install {pinned('torch')}", environment)
     rest = ["--constraint", str(CONSTRAINTS), "--editable", ".[dev]"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,8 @@ def test_an_install_that_fails_says_what_failed_and_leaves_nothing(
 
 def test_make_demo_makes_the_environment_and_runs_the_recipe(made: tuple[Machine, str]) -> None:
     machine, said = made
-    first, complete, last = said.splitlines()
+    lines = said.replace("make: Nothing to be done for 'install'.\n", "").splitlines()  # the second goal had waited
+    first, complete, last = lines
     assert first.startswith(".venv: making it with Python") and complete.startswith(".venv: complete after")
     words = ["--tiny", "--model", "my model", "--text", "it's $(mine).txt"]
     assert last == f"the recipe runs: {words} torch in {machine.venv}"
@@ -206,22 +208,22 @@ def test_a_signal_while_it_installs_leaves_nothing(machine: Machine) -> None:
     assert not machine.venv.exists()
 
 
-@pytest.mark.parametrize("how", ["PYTHON", "VIRTUAL_ENV"])
+@pytest.mark.parametrize("how", ["PYTHON", "VIRTUAL_ENV", "VIRTUAL_ENV made here by hand"])
 def test_an_environment_that_is_given_is_used_and_never_installed_into(
     machine: Machine, tmp_path: Path, how: str
 ) -> None:
     machine.offer("torch", "setuptools")
-    mine = tmp_path / "mine"
+    mine = machine.venv if how.endswith("by hand") else tmp_path / "mine"
     subprocess.run([BASE, "-m", "venv", "--without-pip", mine], check=True)
     python = mine / "bin" / "python"
     before = sorted(mine.rglob("*"))
-    more = {how: str(python if how == "PYTHON" else mine)}
+    more = {"PYTHON": str(python)} if how == "PYTHON" else {"VIRTUAL_ENV": str(mine)}
     code, said = machine.make("demo", **more)
     message, _ = said.splitlines()
     assert code != 0 and message.startswith(f"make: not done: {python} lacks torch>=2.11, transformers>=5.17, ")
-    assert f"(make install PYTHON={python})" in message and "pytest" not in message
-    assert "pytest" in machine.make("test", **more)[1]
-    assert sorted(mine.rglob("*")) == before and not machine.venv.exists()
+    assert f"(make install PYTHON={shlex.quote(str(python))})" in message and "pytest>" not in message
+    assert "pytest>=8" in machine.make("test", **more)[1]
+    assert sorted(mine.rglob("*")) == before and machine.venv.exists() == (machine.venv == mine)
 
 
 def test_the_environment_of_these_tests_has_all_that_is_asked_for() -> None:
