@@ -66,7 +66,7 @@ def fresh() -> bool:
 def make_anew() -> None:
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise NotDone(f"{sys.executable} comes without venv; install that (Debian, Ubuntu: apt install python3-venv)")
-    again = " again, since it is not whole" if VENV.exists() else ""
+    again = " again, since it is not whole," if VENV.exists() else ""
     say(
         f"making it{again} with Python {platform.python_version()}: {pinned('torch')}, then the rest at the versions "
         f"of {CONSTRAINTS}; this takes minutes, once"
@@ -126,7 +126,14 @@ def install(python: Path, *, extra_environment: dict[str, str] | None = None) ->
 
 
 def run(words: list[str], name: str, environment: dict[str, str] | None = None) -> None:
-    code = subprocess.run(words, env=environment, check=False).returncode
+    # A group of its own, so that an interruption ends what the program has started, too, before its files are removed.
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    try:
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     if code:
         raise NotDone(f"`{name}` failed with exit code {code}; its own message is above.")
 
@@ -166,9 +173,12 @@ def installed(requirement: str) -> bool:
     name, wanted = re.match(r"([\w.-]+)(.*)", requirement).groups()  # type: ignore[union-attr]
     try:
         found = version(name)
-        from packaging.specifiers import SpecifierSet  # transformers brings it along
-    except (PackageNotFoundError, ImportError):
+    except PackageNotFoundError:
         return False
+    if importlib.util.find_spec("packaging") is None:  # transformers brings it along, and is itself missing
+        return True
+    from packaging.specifiers import SpecifierSet
+
     return SpecifierSet(wanted).contains(found, prereleases=True)
 
 

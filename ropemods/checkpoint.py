@@ -55,9 +55,8 @@ def from_pretrained(
                 f"{folder} is an adapter, whose base is loaded apart from it, so neither info is of the whole; load "
                 "the base by itself with output_loading_info=True"
             )
-        of_base = {k: v for k, v in hf_kwargs.items() if k != "subfolder"} | (
-            {} if config is None else {"config": config}
-        )
+        hf_kwargs.pop("subfolder", None)  # the rest is for the base
+        of_base = hf_kwargs if config is None else {**hf_kwargs, "config": config}
         return _adapter(folder, base_model_name_or_path, is_trainable, of_base)
     given = config
     config, found = record.load_config(path, **_hub(hf_kwargs))

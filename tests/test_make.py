@@ -104,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, str]:
     """A machine on which `make demo` has run, and what it said. Tests leave it as they find it."""
     machine = Machine(tmp_path_factory.mktemp("made"))
     machine.offer("torch", "setuptools")
-    code, said = machine.make("-j4", "demo", "install", "DEMO=tiny", "MODEL=my model", "TEXT=it's $(mine).txt")
+    code, said = machine.make("-j4", "demo", "install", "DEMO=tiny", "MODEL=my model", "TEXT=it's; mine.txt")
     assert code == 0, said
     return machine, said
 
@@ -136,7 +136,7 @@ def test_make_demo_makes_the_environment_and_runs_the_recipe(made: tuple[Machine
     lines = said.replace("make: Nothing to be done for 'install'.\n", "").splitlines()  # the second goal had waited
     first, complete, last = lines
     assert first.startswith(".venv: making it with Python") and complete.startswith(".venv: complete after")
-    words = ["--tiny", "--model", "my model", "--text", "it's $(mine).txt"]
+    words = ["--tiny", "--model", "my model", "--text", "it's; mine.txt"]
     assert last == f"the recipe runs: {words} torch in {machine.venv}"
     assert (machine.venv / "complete").exists() and not (machine.venv / "unfinished").exists()
 
