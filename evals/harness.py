@@ -13,7 +13,7 @@ Without BOS the modified model must refuse to run, since its modifications act o
 rounding, or a modified model whose figures are those of the stock one. The accuracies are no claim: the modifications
 are untrained, and the text is the model's training text.
 
-Without lm_eval (`pip install lm-eval`) the program writes nothing and says so.
+Without lm_eval (`pip install 'ropemods[eval]'`) the program writes nothing and says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PROTOCOL = {
 }
 MODS = (rm.TruncatedRoPE(keep=0.75), rm.LearnedSink(init=0.0), rm.AdaptiveTemperature())
 TASK = "own_continuation"
-MISSING = "lm_eval is not installed, so the harness is not run: pip install lm-eval"
+MISSING = "lm_eval is not installed, so the harness is not run: pip install 'ropemods[eval]'"
 ROUNDING = 1e-3
 """Nats, of a sum over a continuation."""
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ropemods.atomic import write_text
+from ropemods.extras import MissingPackage
 from ropemods.training import measuring, session
 from ropemods.training.arm import Arm
 from ropemods.training.arms import run_arm
@@ -131,5 +132,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     try:
         main(given.model or None, given.text or None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackage) as error:
         sys.exit(f"demo: {error}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ropemods.atomic import write_text
+from ropemods.extras import MissingPackage
 from ropemods.options import converted
 from ropemods.strict_yaml import read
 from ropemods.training import measuring, session
@@ -82,5 +83,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
         leave()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackage) as error:
         sys.exit(f"pretrain: {error}")

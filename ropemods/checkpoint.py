@@ -10,7 +10,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import transformers
@@ -24,33 +24,57 @@ from ropemods.hooks.sites import base_model, uncompiled
 from ropemods.mods.base import Stage
 
 
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
+) -> tuple[nn.Module, dict[str, Any]]: ...
+
+
+@overload
+def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module: ...
+
+
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
     base_model_name_or_path: str | os.PathLike[str] | None = None,
     is_trainable: bool = False,
+    config: PreTrainedConfig | None = None,
+    output_loading_info: bool = False,
     **hf_kwargs: Any,
-) -> nn.Module:
+) -> nn.Module | tuple[nn.Module, dict[str, Any]]:
     """Load what `save_pretrained` wrote of a modified model: a full checkpoint, or a PEFT adapter directory.
 
-    `hf_kwargs` go to transformers' own `from_pretrained`. For an adapter, `base_model_name_or_path` overrides the base
-    that it names, and `is_trainable` leaves it ready to train on.
+    `hf_kwargs` go to transformers' own `from_pretrained`, and `config` and `output_loading_info` are as there. For an
+    adapter, `base_model_name_or_path` overrides the base that it names, `config` is the base's, and `is_trainable`
+    leaves it ready to train on.
     """
-    if adapters.is_adapter(path):
-        return _adapter(path, base_model_name_or_path, is_trainable, hf_kwargs)
+    folder = Path(path, hf_kwargs.get("subfolder", ""))
+    if adapters.is_adapter(folder):
+        if output_loading_info:
+            raise ValueError(
+                f"{folder} is an adapter, whose base is loaded apart from it, so neither info is of the whole; load "
+                "the base by itself with output_loading_info=True"
+            )
+        hf_kwargs.pop("subfolder", None)  # the rest is for the base
+        of_base = hf_kwargs if config is None else {**hf_kwargs, "config": config}
+        return _adapter(folder, base_model_name_or_path, is_trainable, of_base)
+    given = config
     config, found = record.load_config(path, **_hub(hf_kwargs))
     if found is None:
         raise ValueError(
             f"{path} records no modification (its config has no 'ropemods'), so there is nothing that transformers' "
             "own from_pretrained would not do; load it with AutoModelForCausalLM and modify it with ropemods.apply"
         )
-    model = _load(path, config, found, hf_kwargs)
+    if given is not None:
+        config = record.stock_of(given, found, path)
+    model, report = _load(path, config, found, hf_kwargs)
     finish(model)
     record.check_native(model, found, path)
     model.ropemods_attached.strength.update(found.strength)
     model.ropemods_attached.at_path.update(found.strength)
     refresh(model)
-    return model
+    return (model, report) if output_loading_info else model
 
 
 def recorded_strength(path: str | os.PathLike[str]) -> dict[str, float] | None:
@@ -65,7 +89,7 @@ def recorded_strength(path: str | os.PathLike[str]) -> dict[str, float] | None:
 
 def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of transformers' keyword arguments that say where and how to find a file."""
-    known = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    known = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     return {name: hf_kwargs[name] for name in known if name in hf_kwargs}
 
 
@@ -74,7 +98,7 @@ def _load(
     config: PreTrainedConfig,
     found: record.Record,
     hf_kwargs: dict[str, Any],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
     cls = _class_of(config, hf_kwargs)
     places = hf_kwargs.get("device_map")
@@ -98,7 +122,7 @@ def _load(
             f"{path} does not hold every parameter of the modified model: missing {missing[:4]} ({len(missing)} in "
             f"all), of another shape {mismatched[:4]}; it was saved incompletely; save it again from memory"
         )
-    return model
+    return model, report
 
 
 def _filled(model: nn.Module, version: int) -> list[str]:
@@ -132,9 +156,9 @@ def _adapter(
     is_trainable: bool,
     hf_kwargs: dict[str, Any],
 ) -> nn.Module:
+    adapter_config, described = adapters.read(path)
     from peft import PeftModel
 
-    adapter_config, described = adapters.read(path)
     if described is None:
         raise ValueError(
             f"{path} is a PEFT adapter without modifications (no {adapters.FILE} beside it); load it with peft"

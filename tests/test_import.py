@@ -61,3 +61,17 @@ def test_no_module_has_the_name_of_a_public_function() -> None:
     import ropemods
 
     assert not {module.name for module in pkgutil.iter_modules(ropemods.__path__)} & set(ropemods.__all__)
+
+
+@pytest.mark.slow
+def test_asking_whether_peft_is_installed_does_not_lose_the_record_of_an_adapter(tmp_path: Path) -> None:
+    """transformers asks so whenever it likes, between `apply` and the first import of peft."""
+    program = (
+        "import importlib.util, os, sys; import ropemods as rm; from tests import zoo;"
+        "model = rm.apply(zoo.build(), rm.TruncatedRoPE(0.5)); assert 'peft' not in sys.modules;"
+        "importlib.util.find_spec('peft');"
+        "from peft import LoraConfig, get_peft_model;"
+        f"get_peft_model(model, LoraConfig(target_modules=['q_proj'])).save_pretrained({str(tmp_path)!r});"
+        f"print(os.path.exists(os.path.join({str(tmp_path)!r}, 'ropemods.json')))"
+    )
+    assert run(program).strip() == "True"

@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     import ropemods
     from ropemods.cli.calibration import rows_from_file
     from ropemods.cli.checkpoints import quieten, stock_model, tokenizer_of
-    from ropemods.cli.folders import new_folder
+    from ropemods.cli.folders import check_room, new_folder
 
     if options.calibration_text is not None and not any(mod.calibrates for mod in mods):
         raise ValueError("--calibration_text would be used by none of these modifications; leave it out")
@@ -74,6 +74,7 @@ def run(options: Options) -> None:
             bos = model.config.get_text_config().bos_token_id
             calibration = rows_from_file(options.calibration_text, tokenizer, bos, options.calibration_length)
         ropemods.apply(model, *mods, strength=options.strength, calibration=calibration)
+        check_room(folder, options.output, model)
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -24,19 +24,19 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from peft import PeftModel
-
     import ropemods
     from ropemods.cli.checkpoints import modified_model, quieten, tokenizer_of
-    from ropemods.cli.folders import new_folder
+    from ropemods.cli.folders import check_room, new_folder
+    from ropemods.hooks.adapters import is_adapter
 
     quieten()
     with new_folder(options.output, source=options.path, overwrite=options.overwrite) as folder:
         model = modified_model(options.path, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
         beside = [options.path]
-        if isinstance(model, PeftModel):
+        if is_adapter(options.path):
             beside.append(model.active_peft_config.base_model_name_or_path)
             model = model.merge_and_unload()
+        check_room(folder, options.output, model)
         ropemods.export(model, folder)
         tokenizers = (tokenizer_of(name, trust_remote_code=options.trust_remote_code) for name in beside)
         tokenizer = next((found for found in tokenizers if found is not None), None)

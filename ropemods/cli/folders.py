@@ -1,7 +1,7 @@
 """Write a folder whole, or leave what was there.
 
 Everything goes to a temporary sibling, which is renamed when it is complete. A run that fails or is interrupted leaves
-nothing behind.
+nothing behind, and one for which there is no room on the disk does not begin to write.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -24,8 +27,22 @@ def new_folder(output: str, *, source: str, overwrite: bool) -> Iterator[Path]:
     try:
         yield filling
         _put(filling, target)
+    except SafetensorError as error:
+        raise OSError(f"OUTPUT {target} could not be written ({error}); nothing of it is left") from error
     finally:
         shutil.rmtree(filling, ignore_errors=True)
+
+
+def check_room(folder: Path, output: str, model: nn.Module) -> None:
+    """An error, before it is written, for a model that does not fit on the disk of `folder`."""
+    tensors = [*model.parameters(), *model.buffers()]  # each once, however often it is tied
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"there is no room for OUTPUT {output}: it takes {needed / 1e6:.1f} MB, and its disk has "
+            f"{free / 1e6:.1f} MB free; nothing was written"
+        )
 
 
 def _check(target: Path, source: Path, overwrite: bool) -> None:

@@ -70,13 +70,15 @@ def launched() -> Iterator[int]:
 def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model on its device, and the tokenizer."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     import ropemods
     from ropemods.cli.checkpoints import check_name, load_config, readable, tokenizer_of
+    from ropemods.extras import need
     from ropemods.hooks import adapters
 
+    if options.device_map is not None:
+        need("accelerate", "--device_map")
     check_name(options.model)
     trust = options.trust_remote_code
     chosen: dict[str, Any] = {"dtype": options.load_dtype, "trust_remote_code": trust}
@@ -91,6 +93,8 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
             if record is not None:
                 model = ropemods.from_pretrained(options.model, **chosen)
             else:
+                from peft import PeftModel
+
                 stock = AutoModelForCausalLM.from_pretrained(base, **chosen)
                 model = PeftModel.from_pretrained(stock, options.model)
         elif load_config(options.model, trust_remote_code=trust)[1] is not None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ropemods.cli.command import Command
+from ropemods.extras import need
 from ropemods.options import REQUIRED, option
+from ropemods.strict_yaml import read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,20 @@ def run(options: Options) -> None:
     print(shlex.join(words), flush=True)
     if options.print_only:
         return
+    _check_installed(options)
     code = subprocess.run(words, check=False).returncode
     if code:
         raise OSError(f"the command above ended with exit code {code}; its own message is above")
+
+
+def _check_installed(options: Options) -> None:
+    """What the launcher needs; the recipe itself is checked by the processes that read it, before they do anything."""
+    need("accelerate", "training")
+    if options.launcher == "deepspeed":
+        need("deepspeed", "--launcher deepspeed")
+    config = options.launcher_config
+    if config is not None and read(config).get("distributed_type") == "DEEPSPEED":
+        need("deepspeed", config)
 
 
 COMMAND = Command(

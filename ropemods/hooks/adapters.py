@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.atomic import write_text
+from ropemods.extras import need
 from ropemods.hooks.record import parse
 from ropemods.hooks.sites import Stages, base_model
 from ropemods.mods import Mod
@@ -36,12 +37,17 @@ class _OnImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path, target=None):
         if name != "peft":
             return None
+        # A spec is also asked for by who only wants to know whether there is one, so this stays until the import.
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 _wrap_peft(module)
 
@@ -52,7 +58,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 def watch_saving() -> None:
     """See to it that what saves and loads adapters is wrapped, PEFT's own now or when PEFT is imported; once."""
     _wrap(PreTrainedModel, "save_pretrained", _saving_native)
-    if "peft" in sys.modules:
+    if sys.modules.get("peft") is not None:
         _wrap_peft(sys.modules["peft"])
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())
@@ -164,6 +170,7 @@ def is_adapter(path: str | os.PathLike) -> bool:
 
 def read(path: str | os.PathLike):
     """The PEFT config of an adapter directory and the description beside it (None for a stock adapter)."""
+    need("peft", f"{path} is a PEFT adapter; reading it")
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

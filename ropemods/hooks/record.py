@@ -183,6 +183,29 @@ def check_native(model: PreTrainedModel, record: Record, path: str | os.PathLike
         )
 
 
+def stock_of(given: PreTrainedConfig, found: Record, path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The stock config of one that a caller gives in place of the checkpoint's; it must record the same modifications.
+
+    Its rope parameters are left out: those of a modified config say what stock transformers may make of it.
+    """
+    if not isinstance(given, PreTrainedConfig):
+        raise TypeError(
+            f"config= takes a config, found {type(given).__name__}; load it with AutoConfig.from_pretrained"
+        )
+    own = getattr(given, "ropemods", None) or {}
+    wanted = {"mods": [mod.to_json() for mod in found.mods], "strength": found.strength}
+    if {key: own.get(key) for key in wanted} != wanted:
+        raise ValueError(
+            f"the config that was given records {own.get('mods') or 'no modifications'}, and {path} was saved with "
+            f"{wanted['mods']} at strength {found.strength}; start from the checkpoint's own config, "
+            f"AutoConfig.from_pretrained({str(path)!r}), and change other values in it"
+        )
+    config = copy.deepcopy(given)
+    del config.ropemods
+    rope_config(config).rope_parameters = copy.deepcopy(found.rope_parameters)
+    return config
+
+
 def _admit_sentinel(cls: type[PreTrainedConfig]) -> None:
     """Let configs of this class be saved with the sentinel: their own check looks at the stock parameters instead.
 

@@ -26,6 +26,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ropemods.extras import need
+
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PACKED: dict[str, Callable[..., IO[Any]]] = {".xz": lzma.open, ".gz": gzip.open}
@@ -150,6 +152,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
+    need("pyarrow", f"{path}: reading parquet")
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
@@ -162,22 +165,26 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _dataset(name: str, column: str, seed: int) -> Documents:
-    """name, name:config or name:config:split; the split is "train" unless given."""
+    rows = itertools.islice(dataset_stream(name).shuffle(seed=seed, buffer_size=STREAMED), STREAMED)
+    texts = _with_text(_field(row, column, name) for row in rows)
+    note = f"{name}: the first {len(texts)} documents of a stream shuffled with seed {seed}"
+    return Documents(texts, name, (note,))
+
+
+def dataset_stream(name: str) -> Any:
+    """The stream of a dataset given as name, name:config or name:config:split; the split is "train" unless given."""
+    need("datasets", f"{name!r} is no file here; reading it as a dataset")
     from datasets import load_dataset
 
     path, config, split, *rest = [*name.split(":"), "", ""][: max(3, name.count(":") + 1)]
     if rest or not path:
         raise ValueError(f"{name!r}: a dataset is given as name, name:config or name:config:split")
     try:
-        stream = load_dataset(path, config or None, split=split or "train", streaming=True)
+        return load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as error:
         raise ValueError(
             f"{name!r} is no file here, and as a dataset (name:config:split) it did not load: {error}"
         ) from error
-    rows = itertools.islice(stream.shuffle(seed=seed, buffer_size=STREAMED), STREAMED)
-    texts = _with_text(_field(row, column, name) for row in rows)
-    note = f"{name}: the first {len(texts)} documents of a stream shuffled with seed {seed}"
-    return Documents(texts, name, (note,))
 
 
 def _field(row: Any, column: str, where: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from ropemods.extras import MissingPackage
 from ropemods.training import session, world
 from ropemods.training.arms import run_arm
 from ropemods.training.guard import Diverged
@@ -31,7 +32,7 @@ def run(words: list[str]) -> None:
     try:
         main(words)
         world.leave()
-    except (ValueError, OSError, Diverged, NotAsAsked) as error:
+    except (ValueError, OSError, MissingPackage, Diverged, NotAsAsked) as error:
         sys.exit(f"finetune: {error}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,10 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "dataset
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
+    """Of everything that a result depends on; what is not installed had no part in it."""
     return {
         "ropemods": ropemods.__version__,
-        **{package: version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES if importlib.util.find_spec(package) is not None},
         "python": platform.python_version(),
     }
 

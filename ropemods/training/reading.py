@@ -14,11 +14,13 @@ from functools import cache
 from typing import Any
 
 from ropemods.cli.mods import mod_from, mod_record
+from ropemods.extras import need
 from ropemods.leakage.protocol import Protocol
 from ropemods.options import REQUIRED, build, checked, converted, declared, did_you_mean, fields, from_text
 from ropemods.penalty import Penalty
 from ropemods.strict_yaml import read, scalar
 from ropemods.training.recipe import Options, Recipe
+from ropemods.training.text import Source
 
 MAPPINGS = ("mods", "schedule", "penalty", "lora", "protocol", "probe")
 
@@ -61,6 +63,7 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
                 f"{', '.join(MAPPINGS)}, and the arguments of transformers' TrainingArguments"
             )
     nested = {key: values[key] for key in MAPPINGS if values.get(key) is not None}
+    _check_installed(values, source)
     try:
         return Recipe(
             options=build(Options, checked(Options, {k: v for k, v in values.items() if k in own}, source=source)),
@@ -75,6 +78,18 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
     except (ValueError, TypeError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(source) else f"{source}: {text}") from None
+
+
+def _check_installed(values: Mapping[str, Any], source: str) -> None:
+    """An error, before anything is read or trained, for a recipe that needs an extra that is not installed."""
+    need("accelerate", f"{source}: training")
+    if values.get("lora") is not None:
+        need("peft", f"{source}: lora")
+    if values.get("deepspeed") is not None:
+        need("deepspeed", f"{source}: deepspeed")
+    for key in ("data", "held_out_data"):
+        if isinstance(name := values.get(key), str) and not Source(name=name).is_local():
+            need("datasets", f"{source}: {key} is {name!r}, which is no file here; reading it as a dataset")
 
 
 def help_text() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ropemods.leakage.documents import SUFFIXES, read_documents
+from ropemods.leakage.documents import SUFFIXES, dataset_stream, read_documents
 
 TEXT_FILES = (".txt", ".md", ".rst", ".py")
 """What counts as a text file in a folder."""
@@ -73,18 +73,7 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _stream(source: Source) -> Iterator[str]:
-    from datasets import load_dataset
-
-    path, config, split, *rest = [*source.name.split(":"), "", ""][: max(3, source.name.count(":") + 1)]
-    if rest or not path:
-        raise ValueError(f"{source.name!r}: a dataset is given as name, name:config or name:config:split")
-    try:
-        rows = load_dataset(path, config or None, split=split or "train", streaming=True)
-    except Exception as error:
-        raise ValueError(
-            f"{source.name!r} is no file here, and as a dataset (name:config:split) it did not load: {error}"
-        ) from error
-    for row in rows.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER):
+    for row in dataset_stream(source.name).shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER):
         if source.column not in row:
             raise ValueError(
                 f"{source.name}: no column {source.column!r}; found {sorted(row)}. Name the one with the text "

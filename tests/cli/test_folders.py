@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from tests.cli.program import hidden, refused, run, start
@@ -71,6 +75,32 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert "error" in refused("apply model new --mods learned_sink", capsys)
     assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == before
     assert sorted(entry.name for entry in here.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("line", ["apply model out --mods learned_sink", "export modified out"])
+def test_no_room_on_the_disk_is_said_before_anything_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    run("apply model modified --mods truncated_rope")
+    size = sum(file.stat().st_size for file in (here / "model").glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size // 2))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *_, **__: pytest.fail("it was written"))
+    message = refused(line, capsys)
+    assert re.search(r"there is no room for OUTPUT .*out: it takes [\d.]+ MB, and its disk has [\d.]+ MB free", message)
+    assert sorted(entry.name for entry in here.iterdir()) == ["model", "modified"]
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_is_told_in_a_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: PreTrainedModel, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    message = refused("apply model out --mods learned_sink", capsys)
+    assert "out could not be written (" in message and "No space left on device" in message
+    assert [entry.name for entry in here.iterdir()] == ["model"]
 
 
 STUCK = """

@@ -16,7 +16,7 @@ PROTOCOL = harness.PROTOCOL["nano"] | {"questions": 4}
 
 def test_without_lm_eval_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Unavailable, match="pip install lm-eval"):
+    with pytest.raises(Unavailable, match=r"pip install 'ropemods\[eval\]'"):
         harness.run("nano", DATA, None)
 
 
