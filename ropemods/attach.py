@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.attention.paths import chosen
-from ropemods.hooks import adapters, inputs, interface, partition, probe, record, rehearsal, rotary, selective
+from ropemods.hooks import adapters, gguf, inputs, interface, partition, probe, record, rehearsal, rotary, selective
 from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage
@@ -72,6 +73,9 @@ def apply(
         )
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
+    said = gguf.settle(inner)
+    if said is not None:
+        warnings.warn(said, stacklevel=2)
     try:
         attach(inner, list(mods))
         finish(inner)

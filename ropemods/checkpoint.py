@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import apply, attach, finish, refresh
-from ropemods.hooks import adapters, folding, native, record
+from ropemods.hooks import adapters, folding, gguf, native, record
 from ropemods.hooks.partition import gathered
 from ropemods.hooks.sites import base_model
 from ropemods.mods import Mod
@@ -28,15 +28,21 @@ def from_pretrained(
     *,
     base_model_name_or_path: str | os.PathLike[str] | None = None,
     is_trainable: bool = False,
+    gguf_file: str | None = None,
     **hf_kwargs: Any,
 ) -> nn.Module:
     """Load what `save_pretrained` wrote of a modified model: a full checkpoint, or a PEFT adapter directory.
 
     `hf_kwargs` go to transformers' own `from_pretrained`. For an adapter, `base_model_name_or_path` overrides the base
     that it names, and `is_trainable` leaves it ready to train on.
+
+    With `gguf_file`, `path` is where that GGUF file is (for an adapter, where its base's is). It holds a stock model,
+    which comes back unpacked and without a quantisation entry in its config: ready for `apply`, training and saving.
     """
     if adapters.is_adapter(path):
-        return _adapter(path, base_model_name_or_path, is_trainable, hf_kwargs)
+        return _adapter(path, base_model_name_or_path, is_trainable, gguf_file, hf_kwargs)
+    if gguf_file is not None:
+        return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
     config, found = record.load_config(path, **_hub(hf_kwargs))
     if found is None:
         raise ValueError(
@@ -54,6 +60,10 @@ def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of transformers' keyword arguments that say where and how to find a file."""
     known = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     return {name: hf_kwargs[name] for name in known if name in hf_kwargs}
+
+
+def _beyond_hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hf_kwargs.items() if name not in _hub(hf_kwargs)}
 
 
 def _load(
@@ -98,6 +108,7 @@ def _adapter(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | None,
     is_trainable: bool,
+    gguf_file: str | None,
     hf_kwargs: dict[str, Any],
 ) -> nn.Module:
     from peft import PeftModel
@@ -110,7 +121,7 @@ def _adapter(
     base = base or adapter_config.base_model_name_or_path
     if base is None:
         raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
-    model = _base(base, hf_kwargs)
+    model = _base(base, gguf_file, hf_kwargs)
     wanted = record.parse(described)
     attached = getattr(model, "ropemods_attached", None)
     if attached is None:
@@ -126,7 +137,9 @@ def _adapter(
     return wrapped
 
 
-def _base(path: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+    if gguf_file is not None:
+        return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
     _, found = record.load_config(path, **_hub(hf_kwargs))
     if found is not None:
         return from_pretrained(path, **hf_kwargs)  # type: ignore[return-value]

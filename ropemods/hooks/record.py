@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ropemods.hooks import gguf
 from ropemods.hooks.native import native_parameters, per_table
 from ropemods.hooks.rotary import sentinel, tables, without_sentinel
 from ropemods.mods import Mod, mod_from_json
@@ -53,11 +54,15 @@ def parse(entry: dict[str, Any]) -> Record:
     return Record(mods, dict(entry["strength"]), entry["rope_parameters"])
 
 
-def load_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[PreTrainedConfig, Record | None]:
-    """The stock config of a checkpoint, and the record of its modifications if it has one.
+def load_config(
+    path: str | os.PathLike[str], *, gguf_file: str | None = None, **hub_kwargs: Any
+) -> tuple[PreTrainedConfig, Record | None]:
+    """The stock config of a checkpoint, and the record of its modifications if it has one. A GGUF file has none.
 
     The stock rope parameters are put back before the config is made: some architectures accept only their own types.
     """
+    if gguf_file is not None:
+        return gguf.load_config(path, gguf_file, **hub_kwargs), None
     raw, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
     entry = raw.pop("ropemods", None)
     if entry is None or "auto_map" in raw:
