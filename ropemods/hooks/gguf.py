@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file, is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
-TOKENS = "tokenizer.ggml.tokens"
+TOKENS, BOS = "tokenizer.ggml.tokens", "tokenizer.ggml.bos_token_id"
 SCALING_KEYS = (".rope.scaling.factor", ".rope.scale_linear")
 SCALING_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -64,10 +64,14 @@ def load_config(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Pre
 
 def load_tokenizer(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Any:
     """The tokenizer in the file; None where it holds none."""
-    if TOKENS not in _header(_file(path, gguf_file, hub))[0]:
+    said, _ = _header(_file(path, gguf_file, hub))
+    if TOKENS not in said:
         return None
     with reading(path, gguf_file, **hub):
-        return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, **hub)
+    if tokenizer.bos_token_id is None and BOS in said:  # older transformers pass over a token 0
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(said[BOS])
+    return tokenizer
 
 
 def settle(model: nn.Module) -> str | None:
