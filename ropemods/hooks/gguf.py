@@ -119,10 +119,15 @@ def reading(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Iterato
         ) from error
 
 
+def require() -> None:
+    """Raise where what transformers reads GGUF files with is not installed."""
+    if not is_gguf_available():
+        raise ImportError("GGUF files are read with the package gguf, which is missing: pip install 'ropemods[gguf]'")
+
+
 def _file(path: str | os.PathLike[str], gguf_file: str, hub: dict[str, Any]) -> Path:
     """Where the file is, fetched from the hub if need be."""
-    if not is_gguf_available():
-        raise ImportError(f"{gguf_file} is read with the package gguf, which is missing: pip install 'ropemods[gguf]'")
+    require()
     folder = Path(path).expanduser()
     if folder.is_file():
         raise ValueError(f"{path} is a file; give the folder that it is in, and gguf_file={folder.name}")
