@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ropemods.leakage.report import Report
     from ropemods.leakage.suggest import Suggestion, suggest
     from ropemods.mods import AdaptiveTemperature, LearnedSink, ReplacedBos, TruncatedRoPE, UnrotatedBos
+    from ropemods.penalty import Penalized, Penalty, penalize
     from ropemods.schedule import StrengthSchedule
 
 _HOMES = {
@@ -31,6 +32,9 @@ _HOMES = {
     "from_pretrained": "checkpoint",
     "export": "checkpoint",
     "StrengthSchedule": "schedule",
+    "penalize": "penalty",
+    "Penalty": "penalty",
+    "Penalized": "penalty",
     "measure": "leakage.measure",
     "Protocol": "leakage.protocol",
     "Report": "leakage.report",

@@ -270,7 +270,10 @@ def _detach(model: PreTrainedModel) -> None:
             handle.remove()
         for table in rotary.tables(model):
             table.write(None)
-        interface.use_stock([layer for _, layer in attention_layers(model)])
+        layers = [layer for _, layer in attention_layers(model)]
+        interface.use_stock(layers)
+        if getattr(model, "penalized", None) is not None:  # a penalty stays until it is removed itself
+            interface.use_interface(model, layers)
         record.show_own(model)
         record.erase(model, attached.rope_parameters)
     for module in list(model.modules()):

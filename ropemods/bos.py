@@ -62,6 +62,17 @@ def recall(before: Bos, tokens: int, past: int | Tensor, positions_BT: Tensor | 
     return Bos(column_B1, positions_BT - before.position_B1, before.position_B1, past + tokens)
 
 
+def runs_together(first_BT: Tensor, *, kept_apart: bool) -> str | None:
+    """What is wrong with rows of several sequences that read each other; None where no row holds several."""
+    if kept_apart or not (first_BT.sum(1) > 1).any():
+        return None
+    return (
+        "this batch packs several sequences into a row, and transformers keeps them apart only when it gets "
+        "position_ids that restart, no attention_mask and no cache; call the model with attention_mask=None and "
+        "use_cache=False (as a padding-free collator does), or one sequence a row"
+    )
+
+
 def complaint(
     ids_BT: Tensor,
     first_BT: Tensor,
@@ -70,12 +81,9 @@ def complaint(
     kept_apart: bool,
 ) -> str | None:
     """What is wrong with a batch, in a sentence that says what to do; None when every sequence begins with BOS."""
-    if not kept_apart and (first_BT.sum(1) > 1).any():
-        return (
-            "this batch packs several sequences into a row, and transformers keeps them apart only when it gets "
-            "position_ids that restart, no attention_mask and no cache; call the model with attention_mask=None and "
-            "use_cache=False (as a padding-free collator does), or one sequence a row"
-        )
+    together = runs_together(first_BT, kept_apart=kept_apart)
+    if together is not None:
+        return together
     lacking = first_BT & (ids_BT != bos_token_id)
     if not lacking.any():
         return None

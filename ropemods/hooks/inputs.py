@@ -26,7 +26,7 @@ REMEMBERED = "_ropemods_bos"
 def install(model: PreTrainedModel) -> list:
     """Hook the model and the decoder inside it, so that either may be called; returns what removes the hooks."""
     handles = []
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     for entrance in dict.fromkeys((model, decoder)):
         parameters = inspect.signature(type(entrance).forward).parameters
         entrance.ropemods_parameters = list(parameters)[1:]
@@ -38,7 +38,7 @@ def install(model: PreTrainedModel) -> list:
     return handles
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     decoder = model.get_decoder()
     # A few models call their output layer the decoder.
     return decoder if isinstance(decoder, PreTrainedModel) else model.base_model

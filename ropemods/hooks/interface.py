@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ropemods.attention import eager, fused
 from ropemods.attention.rows import Rows
 from ropemods.hooks.inputs import BOS, SHARED
+from ropemods.hooks.passes import PASS, Pass
 from ropemods.hooks.sites import AttentionSite, site_of
 from ropemods.mods.base import Call
 
@@ -144,6 +145,12 @@ def use_stock(layers: list[nn.Module]) -> None:
         config._attn_implementation_internal = (config._attn_implementation or "eager").removeprefix(PREFIX)
 
 
+def leave(layers: list[nn.Module]) -> None:
+    """Give the attention layers back to transformers, unless modifications of scores still need them."""
+    if not any(site_of(layer) is not None and site_of(layer).kinds for layer in layers):  # type: ignore[union-attr]
+        use_stock(layers)
+
+
 @contextlib.contextmanager
 def observed(observer: Observer, *, want_lse: bool) -> Iterator[None]:
     """While open, `observer` sees every attention call that goes through ropemods."""
@@ -179,6 +186,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
+    this: Pass | None = kwargs.pop(PASS, None)
     for listener in _listeners:
         options = {"scaling": scaling, "dropout": dropout} | kwargs
         listener(Asked(backend, module, query, key, value, attention_mask, options))
@@ -186,6 +194,10 @@ def _attention(
     site = site_of(module)
     if site is None or not (site.active or _observers):
         own = stock(backend, module)
+        if this is not None:
+            query, key = _through(
+                this, backend, module, query, key, value, attention_mask=attention_mask, scaling=scaling, **kwargs
+            )
         return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     rows = rows_of(
@@ -194,7 +206,19 @@ def _attention(
     call = site.call(bos, rows.k_BGSD.shape[2], shared)
     if site.active:
         rows = module.ropemods(rows, call)
+    if this is not None:
+        attend = eager if backend == "eager" else fused
+        rows = this.through(module, attend.tempered(rows))
     return _attend(backend, site, rows, call, training=module.training)
+
+
+@torch.compiler.disable
+def _through(
+    this: Pass, backend: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a layer without modifications, with the node that brings a penalty's gradient."""
+    rows = this.through(module, rows_of(backend, module, query, key, value, **options))
+    return rows.q_BHTD, rows.k_BGSD
 
 
 def rows_of(

@@ -102,7 +102,7 @@ def site_of(module: nn.Module) -> AttentionSite | None:
     return getattr(module, "ropemods_site", None)
 
 
-def _heads(layer: nn.Module) -> int:
+def heads_of(layer: nn.Module) -> int:
     """Query heads: the layer's own count where it keeps one, since a config's may differ by layer."""
     for name in ("num_heads", "num_attention_heads"):
         if isinstance(getattr(layer, name, None), int):
@@ -121,7 +121,7 @@ def prepare_sites(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     tables = tables_by_layer(model, [module for _, module in layers])
     for (_, module), table in zip(layers, tables, strict=True):
         if (site := site_of(module)) is None:
-            module.ropemods_site = AttentionSite(int(module.layer_idx), table, heads=_heads(module))
+            module.ropemods_site = AttentionSite(int(module.layer_idx), table, heads=heads_of(module))
         else:
             site.table = table
     return layers

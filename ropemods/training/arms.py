@@ -106,13 +106,15 @@ def _trained(
 ) -> tuple[nn.Module, Fitted | None, float | None]:
     set_seed(seed)  # what LoRA draws
     model = models.load(session.recipe, session.base)
-    if arm.mods:
+    mods = arm.mods and bool(session.recipe.mods)
+    if mods:
         models.modified(session.recipe, model, session.calibration(), strength=0.0)
-    model = models.with_lora(session.recipe, model, mods=arm.mods)
+    model = models.with_lora(session.recipe, model, mods=mods)
     session.say(f"  {models.trainable(model)}")
-    fitted = fit(session, model, folder, arm=arm.name, mods=arm.mods, seed=seed, text=text)
+    penalty = session.recipe.penalty if arm.mods else None
+    fitted = fit(session, model, folder, arm=arm.name, mods=mods, penalty=penalty, seed=seed, text=text)
     del model
-    back = models.reload(session.recipe, session.base, fitted.model, mods=arm.mods, dtype=fitted.dtype)
+    back = models.reload(session.recipe, session.base, fitted.model, mods=mods, dtype=fitted.dtype)
     return back, fitted, _difference(session, back, fitted)
 
 

@@ -41,6 +41,8 @@ def card(session: Session, result: ArmResult, table: str) -> str:
     args = session.arguments()
     text = session.data[arm.text or options.text]
     mods = [f"- {mod}" for mod in recipe.mods] if arm.mods else ["- none: this is the control of a comparison"]
+    if arm.mods and recipe.penalty is not None:
+        mods.append(f"- trained with {recipe.penalty}; nothing of it is in the model")
     schedule = [f"- {each}" for each in recipe.schedules()] if arm.mods else []
     trained = "a LoRA adapter" if lora else "all parameters"
     lines = [
@@ -52,7 +54,12 @@ def card(session: Session, result: ArmResult, table: str) -> str:
         "## Load it",
         "",
         "```python",
-        reload_lines(session.folder / result.model, mods=arm.mods, lora=lora, gguf_file=options.gguf_file),
+        reload_lines(
+            session.folder / result.model,
+            mods=arm.mods and bool(recipe.mods),
+            lora=lora,
+            gguf_file=options.gguf_file,
+        ),
         "```",
         "",
         "## Modifications",

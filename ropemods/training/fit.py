@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from ropemods.penalty import Penalized, Penalty
 from ropemods.training import checkpoints, memory, world
 from ropemods.training.batches import Ordered, collator, order
 from ropemods.training.checkpoints import CompleteCheckpoints
@@ -67,7 +68,17 @@ class StateWorld(TrainerCallback):
         )
 
 
-def fit(session: Session, model: nn.Module, folder: Path, *, arm: str, mods: bool, seed: int, text: Text) -> Fitted:
+def fit(
+    session: Session,
+    model: nn.Module,
+    folder: Path,
+    *,
+    arm: str,
+    mods: bool,
+    penalty: Penalty | None,
+    seed: int,
+    text: Text,
+) -> Fitted:
     """Train `model`, from the last complete checkpoint in `folder` if there is one, and save it to `folder`/model."""
     recipe, data = session.recipe, session.data[text]
     identity = session.identity(arm, seed, text)
@@ -76,6 +87,8 @@ def fit(session: Session, model: nn.Module, folder: Path, *, arm: str, mods: boo
     guard = LossGuard(factor=recipe.options.guard_factor, patience=recipe.options.guard_patience)
     kept = CompleteCheckpoints(keep=recipe.training.get("save_total_limit"), facts=identity)
     stated = StateWorld(session)
+    penalized = None if penalty is None else Penalized(model, penalty)
+    penalties = [] if penalized is None else [penalized.callback()]
     probes = []
     if recipe.options.probe_steps and recipe.probe is not None:
         probe = LeakageProbe(
@@ -102,7 +115,7 @@ def fit(session: Session, model: nn.Module, folder: Path, *, arm: str, mods: boo
         eval_dataset=Ordered(
             data.held_out_rows, order(len(data.held_out_rows), wanted=len(data.held_out_rows), seed=0)
         ),
-        callbacks=[*(recipe.schedules() if mods else []), *probes, guard, kept, stated],
+        callbacks=[*(recipe.schedules() if mods else []), *penalties, *probes, guard, kept, stated],
     )
     stated.trainer = trainer
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -113,6 +126,8 @@ def fit(session: Session, model: nn.Module, folder: Path, *, arm: str, mods: boo
         session.say(f"  resuming from {start}")
     memory.restart()
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if penalized is not None:
+        penalized.remove()
     if guard.verdict is not None:
         raise Diverged(f"{arm}, seed {seed}: {guard.verdict}\n  losses: {guard.recovery()}")
     session.say(f"  losses: {guard.recovery()}")

@@ -11,6 +11,8 @@ from transformers.trainer_callback import ProgressCallback
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "strength": ("strength", "{:.3f}"),
+    "penalty": ("of which penalty", "{:.4f}"),
+    "leakage": ("leakage of the batch", "{:.4f}"),
     "early_residual": ("early residual", "{:.5f}"),
     "eval_loss": ("held-out loss", "{:.4f}"),
     "grad_norm": ("gradient norm", "{:.2f}"),

@@ -16,10 +16,11 @@ from typing import Any
 from ropemods.cli.mods import mod_from, mod_record
 from ropemods.leakage.protocol import Protocol
 from ropemods.options import REQUIRED, build, checked, converted, declared, did_you_mean, fields, from_text
+from ropemods.penalty import Penalty
 from ropemods.strict_yaml import read, scalar
 from ropemods.training.recipe import Options, Recipe
 
-MAPPINGS = ("mods", "schedule", "lora", "protocol", "probe")
+MAPPINGS = ("mods", "schedule", "penalty", "lora", "protocol", "probe")
 
 REFUSED = {
     "seed": "seeds says how many runs there are; they take the seeds 0, 1, ...",
@@ -65,6 +66,7 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
             options=build(Options, checked(Options, {k: v for k, v in values.items() if k in own}, source=source)),
             mods=tuple(mod_from(mod_record(entry)) for entry in _items(nested.get("mods", []))),
             schedule=tuple(_schedule(entry) for entry in _items(nested.get("schedule", []))),
+            penalty=_penalty(nested["penalty"]) if "penalty" in nested else None,
             lora=_lora(nested["lora"]) if "lora" in nested else None,
             protocol=_protocol(nested["protocol"], "protocol") if "protocol" in nested else None,
             probe=_protocol(nested["probe"], "probe") if "probe" in nested else None,
@@ -173,6 +175,17 @@ def _schedule(value: Any) -> dict[str, Any]:
             raise ValueError(f"schedule: there is no {name!r}{did_you_mean(name, known)}")
     StrengthSchedule(**entry)
     return entry
+
+
+def _penalty(value: Any) -> Penalty:
+    entry = _mapping(value, "penalty")
+    known = [field.name for field in dataclasses.fields(Penalty)]
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"penalty: there is no {name!r}{did_you_mean(name, known)}")
+    if "weight" not in entry:
+        raise ValueError("penalty: weight is needed, as in {weight: 3.0}")
+    return Penalty(**entry)
 
 
 def _lora(value: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Recipes: one flat YAML file says everything about a fine-tune, and a flag of the same name overrides each key.
 
-A recipe's keys are its own (`Options` below), five that hold a mapping or a list (`mods`, `schedule`, `lora`,
+A recipe's keys are its own (`Options` below), six that hold a mapping or a list (`mods`, `schedule`, `penalty`, `lora`,
 `protocol`, `probe`), and any argument of transformers' TrainingArguments under its own name. How they are read, from
 YAML and from flags, is in `reading.py`.
 
@@ -8,6 +8,7 @@ YAML and from flags, is in `reading.py`.
     output_dir: runs/llama-3.2-1b
     mods: [{kind: truncated_rope, keep: 0.75}, {kind: learned_sink}]
     schedule: {steps: 300, shape: cosine}       # the arguments of StrengthSchedule
+    penalty: {weight: 3.0}                      # the arguments of penalize; left out, leakage is not penalised
     lora: {r: 16, target_modules: all-linear}   # the arguments of peft's LoraConfig; left out, everything trains
     protocol: {sequences: 384, length: 512}     # the fields of Protocol
     data: books.jsonl.xz
@@ -24,6 +25,7 @@ from typing import Any, Literal
 from ropemods.leakage.protocol import Protocol
 from ropemods.mods import Mod
 from ropemods.options import REQUIRED, option
+from ropemods.penalty import Penalty
 from ropemods.training.arm import ARMS
 from ropemods.training.data import DataOptions
 from ropemods.training.rows import Packing, Text
@@ -98,6 +100,8 @@ class Recipe:
     options: Options
     mods: tuple[Mod, ...] = ()
     schedule: tuple[dict[str, Any], ...] = ()
+    penalty: Penalty | None = None
+    """Of the arm `modified`, with mods or without."""
     lora: dict[str, Any] | None = None
     protocol: Protocol | None = None
     """None measures no leakage, only the held-out loss."""
@@ -106,9 +110,15 @@ class Recipe:
     """Arguments of TrainingArguments."""
 
     def __post_init__(self) -> None:
-        modified = [arm for arm in self.options.arms if arm in ("untrained", "modified")]
-        if modified and not self.mods:
-            raise ValueError(f"arms {', '.join(modified)} need modifications; give mods, or leave these arms out")
+        needing = [arm for arm in self.options.arms if arm == "untrained" or (arm == "modified" and not self.penalty)]
+        if needing and not self.mods:
+            also = " (a penalty alone makes the arm modified)" if "modified" in needing else ""
+            raise ValueError(f"arms {', '.join(needing)} need modifications; give mods, or leave these arms out{also}")
+        if self.penalty is not None and self.options.length < self.penalty.least:
+            raise ValueError(
+                f"penalty: early={self.penalty.early} needs sequences of {self.penalty.least} tokens, and length is "
+                f"{self.options.length}; give longer rows, or earlier queries"
+            )
         if self.options.text == "stationary" and "stationary" in self.options.arms:
             raise ValueError("text is stationary, so the arm 'stationary' is the control itself; leave it out of arms")
         kinds = list(dict.fromkeys(mod.kind for mod in self.mods))
@@ -187,6 +197,8 @@ class Recipe:
             **own,
             "mods": [mod.to_json() for mod in self.mods],
             "schedule": [dict(entry) for entry in self.schedule],
+            # A recipe without one hashes as it did before there were penalties.
+            **({} if self.penalty is None else {"penalty": self.penalty.to_json()}),
             "lora": self.lora,
             "protocol": None if self.protocol is None else self.protocol.to_dict(),
             "probe": None if self.probe is None else self.probe.to_dict(),
