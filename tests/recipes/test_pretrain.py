@@ -137,7 +137,7 @@ def test_the_demo_ends_in_a_table_and_a_page(
     monkeypatch.setattr(demo, "PRETRAIN", demo.PRETRAIN | small | {"warmup_steps": 1})
     protocol = {"sequences": 32, "length": 64, "groups": 8, "early": [8, 16], "grid_rows": 16, "replicates": 100}
     monkeypatch.setattr(demo, "FINETUNE", demo.FINETUNE | small | {"schedule": {"steps": 2}, "protocol": protocol})
-    demo.main(None, str(text))
+    demo.main(text=str(text), tiny=True)
     said = capsys.readouterr().out
     for arm in ("base", "untrained", "control-0", "modified-0"):
         assert f"| {arm} |" in said
