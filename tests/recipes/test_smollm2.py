@@ -32,7 +32,8 @@ class Pip:
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A package with the file in it, which is taken for the right one."""
-    monkeypatch.setattr(smollm2, "_installed", lambda: None)
+    monkeypatch.setattr(smollm2, "installed", lambda: None)
+    monkeypatch.delenv(smollm2.ELSEWHERE, raising=False)
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(CONTENT).hexdigest())
     with zipfile.ZipFile(tmp_path / "made.whl", "w") as package:
         package.writestr(f"{smollm2.MODULE}/__init__.py", "raise SystemExit('was run')")
@@ -123,3 +124,14 @@ def test_an_unpacking_that_fails_leaves_no_folder_of_the_name(
     with pytest.raises(ValueError, match="no GGUF file, or one that is damaged"):
         smollm2.fetch(tmp_path / "cache", say=lambda text: None)
     assert [each.name for each in (tmp_path / "cache").iterdir()] == [smollm2.FILE]
+
+
+def test_a_folder_that_is_named_is_used_and_one_that_is_not_whole_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(smollm2.ELSEWHERE, str(tmp_path / "mine"))
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        smollm2.fetch(tmp_path / "cache")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    assert smollm2.fetch(tmp_path / "cache") == tmp_path / "mine"
