@@ -43,7 +43,7 @@ def small(model: Path, text: Path, output: Path, path: str, **changes: Any) -> P
     """A shipped recipe as it is written, but for sizes, steps and where things are."""
     sizes = {
         "model_name_or_path": str(model), "data": str(text), "output_dir": str(output), "arms": ["modified"],
-        "length": 64, "held_out": 0.2, "held_out_rows": 8, "global_batch_size": 4, "per_device_train_batch_size": 2,
+        "length": 32, "held_out": 0.2, "held_out_rows": 8, "global_batch_size": 2, "per_device_train_batch_size": 1,
         "calibration_rows": 2, "warmup_steps": 2, "protocol": None, "probe": None, "probe_steps": 0,
         "save_strategy": "no", "use_cpu": True,
     }  # fmt: skip
