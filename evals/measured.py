@@ -44,7 +44,7 @@ def numbers(report: Report) -> dict[str, Any]:
         ("loss", report.held_out_loss),
     ):
         assert estimate is not None
-        found[name] = _kept(estimate.value, estimate.replicates)
+        found[name] = kept(estimate.value, estimate.replicates)
     return found
 
 
@@ -52,10 +52,11 @@ def upper_layers(term: Term) -> dict[str, Any]:
     """A term's early leakage, mean of layers 1 and up."""
     layers = [layer.early for layer in term.layers[1:]]
     replicates = np.mean([layer.replicates for layer in layers], axis=0)
-    return _kept(float(np.mean([layer.value for layer in layers])), replicates)
+    return kept(float(np.mean([layer.value for layer in layers])), replicates)
 
 
-def _kept(value: float, replicates: Sequence[float] | Floats) -> dict[str, Any]:
+def kept(value: float, replicates: Sequence[float] | Floats) -> dict[str, Any]:
+    """A quantity as result files hold it."""
     return {"value": float(f"{value:.7g}"), "replicates": [float(f"{x:.5g}") for x in replicates]}
 
 

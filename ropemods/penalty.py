@@ -32,23 +32,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ropemods.hooks import interface, passes
 from ropemods.hooks.passes import Pass
 from ropemods.hooks.sites import attention_layers, base_model, heads_of
 from ropemods.leakage import deviations
 
-FILE = "ropemods_penalty.safetensors"
-"""In a Trainer's checkpoint: the running mean. A saved model has no such file."""
 EMPTY_PASSES = 16
 """So many batches in a row without a sequence that is long enough are a mistake."""
 STEPLESS_PASSES = 4096
@@ -212,6 +208,8 @@ class Penalized:
 
     def callback(self) -> TrainerCallback:
         """For transformers' Trainer: logs the penalty beside the loss, and keeps the running mean in checkpoints."""
+        from ropemods.penalty_callback import PenaltyCallback
+
         return PenaltyCallback(self)
 
     def state(self) -> dict[str, Tensor]:
@@ -304,40 +302,6 @@ class Penalized:
         dist.all_reduce(total)
         dist.all_reduce(runs)
         return total, int(runs)
-
-
-class PenaltyCallback(TrainerCallback):
-    """Logs the penalty and the leakage beside the loss, and keeps the running mean in a Trainer's checkpoints."""
-
-    def __init__(self, penalized: Penalized) -> None:
-        self.penalized = penalized
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE
-        if state.global_step and not path.is_file():
-            raise FileNotFoundError(
-                f"this run goes on from step {state.global_step}, and {path} is not there: it was begun without this "
-                "callback, or was moved. Copy the file, or leave the callback out to begin with a new running mean"
-            )
-        if state.global_step:
-            self.penalized.load(load_file(path))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            save_file({name: x.cpu().contiguous() for name, x in self.penalized.state().items()}, folder / FILE)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
-        if "loss" not in logs:
-            return
-        said = self.penalized.said()
-        logs |= said
-        if state.log_history:  # the Trainer has put a copy of `logs` there
-            state.log_history[-1] |= said
 
 
 def penalize(

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ropemods import bos
 from ropemods.attention.rows import Rows
 from ropemods.hooks.inputs import decoder_of
+from ropemods.hooks.runs import runs_of
 from ropemods.leakage import deviations
 from ropemods.leakage.deviations import Plan, Read
 
@@ -264,43 +264,3 @@ def share_of(given: dict[str, Any]) -> Tensor | float:
     shifted = given.get("shift_labels")
     labels = given["labels"][..., 1:] if shifted is None else shifted
     return labels.ne(-100).sum() / items
-
-
-def runs_of(model: PreTrainedModel, given: dict[str, Any], *, least: int) -> list[tuple[int, int, int]]:
-    """(row, first column, length) of every stretch of the batch, of `least` tokens or more, that is one sequence."""
-    tokens = given.get("input_ids")
-    tokens = given["inputs_embeds"] if tokens is None else tokens
-    (B, T), mask, positions = tokens.shape[:2], given.get("attention_mask"), given.get("position_ids")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise ValueError(
-            "the model was called with a prepared attention mask, so which tokens of a row belong together is unknown "
-            "to the penalty; pass the mask of padding (B, T), or position_ids that restart"
-        )
-    positions = positions if isinstance(positions, Tensor) and positions.ndim == 2 else None
-    if mask is not None and mask.shape[1] != T:
-        raise ValueError(f"the penalty needs whole sequences: {T} tokens with an attention_mask of {mask.shape[1]}")
-    if positions is None and (mask is None or bool(mask.all())):
-        return [(row, 0, T) for row in range(B)] if least <= T else []
-    index = torch.arange(T).expand(B, T)
-    seen_BT = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.cpu().bool()
-    if (seen_BT[:, 1:] & ~seen_BT[:, :-1]).sum(1).add(seen_BT[:, 0]).gt(1).any():
-        raise ValueError("an attention_mask with holes in a row leaves no whole sequence for the penalty to read")
-    positions = None if positions is None else positions.cpu().expand(B, T)
-    first_BT = bos.begins(index, seen_BT, positions)
-    problem = bos.runs_together(first_BT, kept_apart=mask is None and not _caches(model, given))
-    if problem is not None:
-        raise ValueError(problem)
-    found = []
-    for row, column in first_BT.nonzero().tolist():
-        later = first_BT[row, column + 1 :].nonzero()
-        stop = column + 1 + int(later[0]) if len(later) else T
-        length = int(seen_BT[row, column:stop].sum())
-        if length >= least:
-            found.append((row, column, length))
-    return found
-
-
-def _caches(model: PreTrainedModel, given: dict[str, Any]) -> bool:
-    asked = given.get("use_cache")
-    asked = model.config.get_text_config().use_cache if asked is None else asked
-    return bool(asked) or given.get("past_key_values") is not None
