@@ -160,6 +160,7 @@ def test_apply_measure_and_suggest_read_a_gguf_with_the_tokenizer_in_it(
 ) -> None:
     monkeypatch.chdir(with_tokenizer)
     run(f"apply model {tmp_path}/out --gguf_file {FILE} --mods truncated_rope:keep=0.5")
+    assert f"{FILE} were unpacked to float32, and are written as safetensors" in capsys.readouterr().out
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     expected = rm.apply(AutoModelForCausalLM.from_pretrained("plain"), rm.TruncatedRoPE(0.5))
     ids = torch.arange(40)[None]

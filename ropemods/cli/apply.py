@@ -81,6 +81,9 @@ def run(options: Options) -> None:
             tokenizer.save_pretrained(folder)
         summary = ropemods.summary(model)
     print(summary)
+    if options.gguf_file is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(f"note: the weights of {options.gguf_file} were unpacked to {dtype}, and are written as safetensors")
     for remark in _remarks(mods, model, tokenizer, calibrated=calibration is not None):
         print(f"note: {remark}")
     print(f"\nwrote {options.output}{', with its tokenizer' if tokenizer else ''}. It loads with\n")

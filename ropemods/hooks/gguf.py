@@ -44,7 +44,6 @@ def load(path: str | os.PathLike[str], gguf_file: str, hub: dict[str, Any], **hf
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{gguf_file} lacks {len(missing)} parameters of {type(model).__name__}, such as {missing[0]}")
-    settle(model)
     return model
 
 
