@@ -3,6 +3,7 @@
     python -m evals run --scale nano --data ../shared/data                  every program
     python -m evals run max_retrieval --scale nano --data ../shared/data    one of them
     python -m evals page                                                    README.md from the results at hand
+    python -m evals gpu --minutes 8 --out FOLDER                            what only a GPU can show
 
 DATA is a folder with models/ and text/. A run goes on where it stopped: finished cells are under runs/evals/. With
 --workers 2, two processes share the cells of each program, and what measures time is run after them, alone.
@@ -30,7 +31,14 @@ def main() -> int:
     running.add_argument("--data", type=Path, required=True)
     running.add_argument("--workers", type=int, default=1, help="processes that share the work (default: 1)")
     commands.add_parser("page", help="write README.md from the result files")
-    options = parser.parse_args()
+    commands.add_parser("gpu", help="what only a GPU can show; see python -m evals gpu --help", add_help=False)
+    options, rest = parser.parse_known_args()
+    if options.command == "gpu":
+        from evals.gpu import main as gpu
+
+        return gpu(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "page":
         print(f"wrote {page.write()}")
         return 0

@@ -121,7 +121,7 @@ def attend(call: Recorded, mods: list[Mod], unrotated_BHT: Tensor | None = None)
         native = getattr(call.module, "sinks", None)
     extra = [] if native is None else [native.detach().double()]
     if "learned_sink" in by_kind:
-        extra.append(call.module.ropemods.learned_sink.logit.detach().double())
+        extra.append(call.module.ropemods.learned_sink.sink_H(torch.float64).detach())
         if not by_kind["learned_sink"].read_bos:
             scores[:, :, 1:, 0] = float("-inf")
     if "adaptive_temperature" in by_kind:

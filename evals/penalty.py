@@ -9,8 +9,8 @@ books.train; the same rows in the same order for every arm of a seed. Measured i
 books.valid in two halves, one to search on and one to report, by residual, total and (report) mask; and by instruments
 that nothing is trained on: prose.valid with another window (16) and other queries (16 to 63); unigram tokens; the R² of
 a ridge probe of log position on hidden states at five depths, tested on other blocks of text than it was fitted on; the
-loss of 2048-token crops by position. Leakage is the mean over layers 1 and up; intervals are paired with the control of the
-same steps, rows and seed. Which arm is best is decided on the search half, with the loss there.
+loss of 2048-token crops by position. Leakage is the mean over layers 1 and up; intervals are paired with the control of
+the same steps, rows and seed. Which arm is best is decided on the search half, with the loss there.
 
 **Against it** would be: no arm under the control's interval; or one whose other instruments do not move with it.
 
@@ -41,35 +41,46 @@ from evals.measured import mean, ratio
 from evals.penalty_bench import Arm, Bench, prepare
 
 COMMON = {"learning_rate": 5e-5, "warmup": 4, "batch": 8}
-PLANS: dict[str, list[tuple[Arm, int]]] = {
-    "nano": [(Arm(steps=8), 2), (Arm(10.0, steps=8), 2)],
+PLANS: dict[str, list[tuple[Arm, tuple[int, ...]]]] = {
+    "nano": [(Arm(steps=8), (0, 1)), (Arm(10.0, steps=8), (0, 1))],
     "smollm2": [
-        (Arm(steps=96), 1),
-        (Arm(3.0, steps=96), 1),
-        (Arm(10.0, steps=96), 1),
-        (Arm(steps=192), 3),
-        (Arm(3.0, steps=192), 3),
-        (Arm(10.0, steps=192), 3),
-        (Arm(10.0, steps=192, unigram=0.25), 1),
-        (Arm(10.0, steps=192, warmup=48), 1),
-        (Arm(steps=384), 3),
-        (Arm(3.0, steps=384), 3),
-        (Arm(10.0, steps=384), 3),
-        (Arm(30.0, steps=384), 1),
-        (Arm(10.0, steps=384, unigram=0.25), 3),
-        (Arm(steps=192, long=True), 1),
-        (Arm(10.0, steps=192, long=True), 1),
-        (Arm(1.0, steps=192), 1),
-        (Arm(30.0, steps=192), 1),
-        (Arm(30.0, steps=192, unigram=0.5), 1),
-        (Arm(100.0, steps=192), 1),
-        (Arm(10.0, steps=192, layers=(0.3, 1.0)), 1),
-        (Arm(steps=48), 1),
-        (Arm(10.0, steps=48), 1),
-        (Arm(30.0, steps=48), 1),
+        # A million tokens: what a weight does, and what helps on unigram tokens.
+        (Arm(steps=512), (0,)),
+        (Arm(10.0, steps=512), (0,)),
+        (Arm(30.0, steps=512, unigram=0.25), (0,)),
+        (Arm(10.0, steps=512, unigram=0.25), (0,)),
+        (Arm(3.0, steps=512), (0,)),
+        (Arm(30.0, steps=512), (0,)),
+        (Arm(100.0, steps=512, unigram=0.25), (0,)),
+        (Arm(30.0, steps=512, unigram=0.5), (0,)),
+        # Three seeds for what may be claimed.
+        (Arm(steps=512), (1,)),
+        (Arm(30.0, steps=512, unigram=0.25), (1,)),
+        (Arm(10.0, steps=512), (1,)),
+        (Arm(steps=512), (2,)),
+        (Arm(30.0, steps=512, unigram=0.25), (2,)),
+        (Arm(10.0, steps=512), (2,)),
+        (Arm(10.0, steps=512, unigram=0.25), (1, 2)),
+        # Fewer tokens, and what else may matter.
+        (Arm(steps=192), (0,)),
+        (Arm(3.0, steps=192), (0,)),
+        (Arm(10.0, steps=192), (0,)),
+        (Arm(30.0, steps=192), (0,)),
+        (Arm(30.0, steps=192, unigram=0.25), (0,)),
+        (Arm(steps=96), (0,)),
+        (Arm(3.0, steps=96), (0,)),
+        (Arm(10.0, steps=96), (0,)),
+        (Arm(30.0, steps=192, warmup=48), (0,)),
+        (Arm(steps=192, long=True), (0,)),
+        (Arm(10.0, steps=192, long=True), (0,)),
+        (Arm(10.0, steps=192, layers=(0.3, 1.0)), (0,)),
+        (Arm(1.0, steps=192), (0,)),
+        (Arm(100.0, steps=192), (0,)),
+        (Arm(steps=48), (0,)),
+        (Arm(30.0, steps=48), (0,)),
     ],
 }
-"""Arms with their seeds, the most telling first; every arm's first seed is run before any second one."""
+"""Arms with seeds, the most telling first: a run that is cut short has lost the least."""
 PROTOCOL = {
     "nano": {
         "seeds": [0, 1],
@@ -81,20 +92,19 @@ PROTOCOL = {
         "seeds": [0, 1, 2],
         "model": "SmolLM2-135M",
         **COMMON,
-        "groups": 32, "rows": 8192, "crops": 128, "far": 32, "measure_batch": 64,
+        "groups": 32, "rows": 4096, "crops": 128, "far": 32, "measure_batch": 64,
     },
 }  # fmt: skip
 for _scale, _plan in PLANS.items():
-    PROTOCOL[_scale]["arms"] = [[arm.name, seeds] for arm, seeds in _plan]
+    PROTOCOL[_scale]["cells"] = [f"{arm.name} seed {seed}" for arm, seeds in _plan for seed in seeds]
 TERMS = ("residual", "total", "mask", "loss")
 
 
 def jobs_of(bench: Bench, scale: str) -> dict[str, Callable[[], Any]]:
     jobs: dict[str, Callable[[], Any]] = {"base": lambda: bench.cell(None, 0)}
-    for seed in range(max(seeds for _, seeds in PLANS[scale])):
-        for arm, seeds in PLANS[scale]:
-            if seed < seeds:
-                jobs[f"{arm.name} seed {seed}"] = lambda arm=arm, seed=seed: bench.cell(arm, seed)
+    for arm, seeds in PLANS[scale]:
+        for seed in seeds:
+            jobs[f"{arm.name} seed {seed}"] = lambda arm=arm, seed=seed: bench.cell(arm, seed)
     return jobs
 
 
@@ -112,8 +122,9 @@ def collected(done: Mapping[str, Any], scale: str) -> dict[str, Any]:
     """Every arm against the control of its steps and rows, over the seeds that both have."""
     base = done["base"]["measured"]
     rows = {}
-    for arm, seeds in PLANS[scale]:
-        pairs = [(done.get(f"{a.name} seed {s}") for a in (arm, arm.control)) for s in range(seeds)]
+    for arm in dict.fromkeys(arm for arm, _ in PLANS[scale]):
+        seeds = PROTOCOL[scale]["seeds"]
+        pairs = [[done.get(f"{a.name} seed {seed}") for a in (arm, arm.control)] for seed in seeds]
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
         if not both:
             continue
@@ -247,6 +258,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where cells are written, and read if they are there")
     parser.add_argument("--scale", choices=list(PROTOCOL), default="smollm2")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell that would not end in time")
+    parser.add_argument(
+        "--share", default="1/1", metavar="N/OF", help="the n-th of so many shares, for processes side by side"
+    )
     parser.add_argument("--only", nargs="*", default=[""], help="cells whose name has one of these words in it")
     options = parser.parse_args()
     p = PROTOCOL[options.scale]
@@ -259,7 +273,8 @@ def main() -> None:
     began, rate = time.monotonic(), 0.0
     bench = Bench(options.folder, options.model, p)
     cells = Cells(options.output, say=lambda line: print(f"{time.monotonic() - began:6.1f} s {line}", flush=True))
-    for name, job in jobs_of(bench, options.scale).items():
+    share, shares = map(int, options.share.split("/"))
+    for name, job in list(jobs_of(bench, options.scale).items())[share - 1 :: shares]:
         if not any(word in name for word in options.only):
             continue
         steps = 0 if name == "base" else int(name.split()[1])

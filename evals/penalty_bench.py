@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import ropemods as rm
 from evals.measured import kept
+from evals.tight_loop import EXCERPT, rows_of
 from ropemods.hooks.interface import observed
 from ropemods.hooks.listening import listening
 from ropemods.leakage.capture import Observer, forward, losses, read
@@ -39,6 +40,8 @@ LENGTH, LONG, FAR = 256, 1024, 2048
 FAR_BINS = (0, 64, 256, 512, 1024, 2047)
 PROBED = (0.1, 0.27, 0.5, 0.73, 0.97)
 """Depths of the hidden states that the probe reads: of 30 layers 3, 8, 15, 22 and 29."""
+CHARACTERS = 6
+"""Of text for each token that is wanted of it, with room to spare."""
 RIDGE = 1e-2
 """The ridge of the probe over the number of tokens, with features of variance 1."""
 
@@ -77,10 +80,11 @@ def prepare(folder: Path, data: Path, tokenizer: Any, p: dict[str, Any]) -> None
     """Write every token that a run reads: training rows, held-out crops with their groups, unigram crops."""
     folder.mkdir(parents=True, exist_ok=True)
     text, bos = data / "text", tokenizer.bos_token_id
-    train = read_documents(text / "books.train.jsonl.xz")
-    for name, length, rows in (("train", LENGTH, p["rows"]), ("train_long", LONG, p["rows"] // 8)):
-        wanted = Protocol(sequences=rows, length=length, groups=8, seed=7)
-        np.save(folder / f"{name}.npy", _small(make_crops(train, tokenizer, wanted, bos_token_id=bos).tokens_NT))
+    train = read_documents(text / "books.train.jsonl.xz").texts
+    for name, length, rows in (("train", LENGTH, p["rows"]), ("train_long", LONG, p["rows"] // 16)):
+        chosen = excerpts(train, rows * length * CHARACTERS, seed=length)
+        tokens = rows_of(chosen, tokenizer, bos=bos, length=length, rows=rows, text="stationary", seed=7)
+        np.save(folder / f"{name}.npy", _small(tokens))
     books, prose = (read_documents(text / f"{name}.valid.jsonl.xz") for name in ("books", "prose"))
     halves = {
         part: Documents([t for t in books.texts if is_held_out(t, 0.5) == (part == "search")], f"books.valid, {part}")
@@ -95,6 +99,19 @@ def prepare(folder: Path, data: Path, tokenizer: Any, p: dict[str, Any]) -> None
     far = Protocol(sequences=p["far"], length=FAR, groups=8, seed=0)
     np.save(folder / "far.npy", _small(make_crops(halves["report"], tokenizer, far, bos_token_id=bos).tokens_NT))
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
+
+
+def excerpts(texts: Sequence[str], characters: int, *, seed: int) -> list[str]:
+    """Stretches of documents, one of each as long as there are documents, until there are so many characters."""
+    draw, found, size = np.random.default_rng((seed, 33)), [], 0
+    while size < characters:
+        for n in draw.permutation(len(texts)):
+            start = int(draw.integers(0, max(1, len(texts[n]) - EXCERPT)))
+            found.append(texts[n][start : start + EXCERPT])
+            size += len(found[-1])
+            if size >= characters:
+                break
+    return found
 
 
 def protocols(p: dict[str, Any]) -> dict[str, Protocol]:
@@ -210,8 +227,11 @@ class Bench:
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        # Whole rows of logits of 256 tokens are small, and eager attention is the same code on every device.
+        model.set_attn_implementation("eager")  # type: ignore[operator]
         for name, protocol in protocols(self.p).items():
             found[name] = self.leakage(model, name, protocol)
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
         found["far"] = self.far_loss(model)
         found["probe"] = self.probe(model)
         return found

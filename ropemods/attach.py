@@ -22,7 +22,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.attention.paths import chosen
-from ropemods.hooks import adapters, gguf, inputs, interface, partition, probe, record, rehearsal, rotary, selective
+from ropemods.hooks import (
+    adapters,
+    gguf,
+    inputs,
+    interface,
+    partition,
+    probe,
+    record,
+    rehearsal,
+    rotary,
+    selective,
+    zero_states,
+)
 from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage
@@ -43,6 +55,8 @@ class Attached:
     """Whether layers or the embedding must be told where the BOS is, once strengths are above 0."""
     wants_shared: bool = False
     bos_active: bool = False
+    zeros_active: bool = False
+    """Whether a position may be exactly zero in every layer."""
     shared_active: bool = False
 
 
@@ -123,6 +137,8 @@ def attach(model: PreTrainedModel, mods: list[Mod]) -> None:
             stage.allocate(embedding)
         embedding.ropemods = _placed(stages, embedding, model.dtype)
         attached.handles.append(inputs.install_embedding(embedding))
+    if any(mod.zeroes_states for mod in mods):
+        attached.handles += zero_states.install(model)
     if scored:
         attached.backend = interface.use_interface(model, [layer for _, layer in layers])
     attached.wants_bos, attached.wants_shared = bos_token_id is not None and scored, shared is not None
@@ -218,6 +234,8 @@ def finish(model: PreTrainedModel) -> None:
     for mod in (mod for mod in model.ropemods_attached.mods if mod.edits_frequencies):
         if mod.layers is not None:
             selective.build(model, mod, layers)
+    for table in rotary.tables(model):
+        table.keep()
 
 
 def set_strength(model: nn.Module, strength: float, kind: str | None = None) -> None:
@@ -244,6 +262,7 @@ def refresh(model: PreTrainedModel) -> None:
         if (site := site_of(layer)) is not None:
             site.active = any(alpha[kind] > 0 for kind in site.kinds)
     attached.bos_active = any(mod.needs_bos and alpha[mod.kind] > 0 for mod in attached.mods)
+    attached.zeros_active = any(mod.zeroes_states and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)
     for mod in (mod for mod in attached.mods if mod.edits_frequencies):
         edit = None if alpha[mod.kind] == 0 else partial(mod.frequencies, alpha=alpha[mod.kind])
@@ -270,6 +289,7 @@ def _detach(model: PreTrainedModel) -> None:
             handle.remove()
         for table in rotary.tables(model):
             table.write(None)
+            table.release()
         layers = [layer for _, layer in attention_layers(model)]
         interface.use_stock(layers)
         if getattr(model, "penalized", None) is not None:  # a penalty stays until it is removed itself

@@ -20,7 +20,7 @@ from ropemods.attach import apply, attach, finish, refresh
 from ropemods.hooks import adapters, folding, gguf, native, record
 from ropemods.hooks.partition import gathered
 from ropemods.hooks.sites import base_model
-from ropemods.mods import Mod
+from ropemods.mods.base import Stage
 
 
 def from_pretrained(
@@ -49,7 +49,7 @@ def from_pretrained(
             f"{path} records no modification (its config has no 'ropemods'), so there is nothing that transformers' "
             "own from_pretrained would not do; load it with AutoModelForCausalLM and modify it with ropemods.apply"
         )
-    model = _load(path, config, found.mods, hf_kwargs)
+    model = _load(path, config, found, hf_kwargs)
     finish(model)
     model.ropemods_attached.strength.update(found.strength)
     refresh(model)
@@ -69,7 +69,7 @@ def _beyond_hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
 def _load(
     path: str | os.PathLike[str],
     config: PreTrainedConfig,
-    mods: list[Mod],
+    found: record.Record,
     hf_kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
@@ -77,19 +77,33 @@ def _load(
 
     def __init__(self, *args, **kwargs):
         cls.__init__(self, *args, **kwargs)
-        attach(self, mods)
+        attach(self, found.mods)
 
     # A class of its own for this one load: transformers makes the model from the class it is asked for.
     loading: Any = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
     model, report = loading.from_pretrained(path, config=config, output_loading_info=True, **hf_kwargs)
     model.__class__ = cls
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    missing = sorted(set(report["missing_keys"]) - set(_filled(model, found.version)))
+    mismatched = sorted(report["mismatched_keys"])
     if missing or mismatched:
         raise ValueError(
             f"{path} does not hold every parameter of the modified model: missing {missing[:4]} ({len(missing)} in "
             f"all), of another shape {mismatched[:4]}; it was saved incompletely; save it again from memory"
         )
     return model
+
+
+def _filled(model: nn.Module, version: int) -> list[str]:
+    """Give stages what checkpoints of that version do not have; returns the names.
+
+    What PEFT keeps beside an adapter's own copy is not the adapter's.
+    """
+    own = [(name, stage) for name, stage in _stages(model) if "original_module" not in name]
+    return [f"{name}.{buffer}" for name, stage in own for buffer in stage.fill_missing(version)]
+
+
+def _stages(model: nn.Module) -> list[tuple[str, Stage]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Stage)]
 
 
 def _class_of(config: PreTrainedConfig, hf_kwargs: dict[str, Any]) -> Any:
@@ -131,7 +145,12 @@ def _adapter(
             f"the adapter in {path} was trained with {list(map(str, wanted.mods))}, and its base {base} is modified "
             f"with {list(map(str, attached.mods))}; pass the base it was trained on as base_model_name_or_path="
         )
+    for _, stage in _stages(model):  # PEFT refuses an adapter without everything that a state dict has
+        stage.keep_as_of(wanted.version)
     wrapped = PeftModel.from_pretrained(model, str(path), config=adapter_config, is_trainable=is_trainable)
+    _filled(wrapped, wanted.version)
+    for _, stage in _stages(wrapped):
+        stage.keep_as_of(record.VERSION)
     model.ropemods_attached.strength.update(wanted.strength)
     refresh(model)
     return wrapped

@@ -158,7 +158,13 @@ class Penalized:
         self._plan: tuple[Any, deviations.Plan] | None = None
         self._said: Tensor | None = None
         self._device = torch.device("cpu")
-        interface.use_interface(self._inner, layers)
+        handles = passes.install(self._inner, self)
+        try:
+            interface.use_interface(self._inner, layers)
+        except ValueError:
+            for handle in handles:
+                handle.remove()
+            raise
         this = weakref.ref(self)
 
         def stepped(*_: Any) -> None:
@@ -167,7 +173,7 @@ class Penalized:
                 alive.step()
 
         self._inner.penalized = self  # type: ignore[assignment]
-        self._handles = [*passes.install(self._inner, self), register_optimizer_step_post_hook(stepped)]
+        self._handles = [*handles, register_optimizer_step_post_hook(stepped)]
 
     def penalty(self) -> Tensor:
         """The penalty of the latest forward pass, weighted, with its graph; for a loss that you compute yourself.
@@ -227,6 +233,9 @@ class Penalized:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Penalized:
+        return self  # an average of the model, say, which is a copy that does not train
 
     # What hooks/passes.py asks of the owner of a pass.
 

@@ -95,7 +95,7 @@ def recompute(
         options["bos_logit_BHT"] = torch.stack(logits).view(batch, heads, queries)
     if "learned_sink" in by_kind:
         stage = call.module.ropemods.learned_sink
-        options["sink_H"] = stage.logit.double()
+        options["sink_H"] = stage.sink_H(torch.float64)
         options["sink_weight"] = strength
         if not by_kind["learned_sink"].read_bos:
             index = torch.arange(queries) + (key.shape[2] - queries)

@@ -290,15 +290,16 @@ def test_a_stock_load_beside_ropemods_says_what_to_call(tmp_path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_checkpoint_that_lost_a_parameter_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize("lost", ["logit", "start"])
+def test_a_checkpoint_that_lost_a_parameter_is_refused(lost: str, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
     rm.apply(zoo.build(), rm.LearnedSink()).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
-    del state["model.layers.1.self_attn.ropemods.learned_sink.logit"]
+    del state[f"model.layers.1.self_attn.ropemods.learned_sink.{lost}"]
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.ropemods.learned_sink.logit"):
+    with pytest.raises(ValueError, match=rf"layers.1.self_attn.ropemods.learned_sink.{lost}"):
         rm.from_pretrained(tmp_path)
 
 

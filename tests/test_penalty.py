@@ -504,6 +504,15 @@ def test_options_that_cannot_be_are_refused_in_words(options: dict, message: str
         rm.penalize(zoo.build(), **options)
 
 
+def test_copies_of_the_model_evaluate_as_the_model_does() -> None:
+    model = zoo.build()
+    penalized = warmed(model)
+    model(**batch())
+    ema = copy.deepcopy(model).eval()
+    assert torch.equal(ema(**batch()).logits, model.eval()(**batch()).logits)
+    penalized.remove()
+
+
 def test_one_penalty_at_a_time() -> None:
     model = zoo.build()
     rm.penalize(model, weight=1.0, **OPTIONS)

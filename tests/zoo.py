@@ -90,6 +90,11 @@ def build(
     return model.to(dtype)
 
 
+def deep(backend: str = "sdpa", *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """As many layers as a real model has, and no wider than the others here."""
+    return build("llama", backend, dtype=dtype, num_hidden_layers=28)
+
+
 def _frozen(changes: dict) -> str:
     import json
 

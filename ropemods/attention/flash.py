@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 aten = torch.ops.aten
+WIDEST_FLASH = 256
+"""Channels of a head at most, on CUDA."""
 
 
 def unsupported(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> str | None:
@@ -47,7 +49,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if _takes_flash(q, mask):
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
+    bias = aligned(mask, q, k)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]].clone()
 
 
@@ -76,13 +79,29 @@ def _backward(
         )
     # The kernel wants its log-sum-exp in rows of a multiple of 32, as it returned it.
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()
+    bias = aligned(mask, q, k)
     return aten._scaled_dot_product_efficient_attention_backward(
-        d_out, q, k, v, mask, out, padded, state, state, 0.0, (True, True, True, False), causal, scale=scale
+        d_out, q, k, v, bias, out, padded, state, state, 0.0, (True, True, True, False), causal, scale=scale
     )[:3]
 
 
 def _takes_flash(q: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and q.dtype in (torch.float16, torch.bfloat16)
+    """Whether CUDA's flash kernel takes a call; the memory-efficient one takes the others, wider heads too."""
+    return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= WIDEST_FLASH
+
+
+def aligned(mask: Tensor | None, q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor | None:
+    """An additive mask as the memory-efficient kernel reads it: one of every head, its rows 16 numbers apart or a
+    multiple of that. Nothing of the size of heads × T × S is made.
+    """
+    if mask is None:
+        return None
+    keys = k_BHSD.shape[2]
+    mask = mask.expand(*mask.shape[:-1], keys)
+    spare = -keys % 16
+    if spare or mask.stride(-1) != 1:
+        mask = torch.nn.functional.pad(mask, (0, spare)).contiguous()[..., :keys]
+    return mask.expand(*q_BHTD.shape[:3], keys)
 
 
 def _as_operator(function: Callable[..., Any]) -> Any:

@@ -12,14 +12,18 @@ Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropemods.attention import eager, fused, paths
 from ropemods.attention.rows import Rows
+from ropemods.bench import clock
 from ropemods.mods import AdaptiveTemperature, LearnedSink, Mod, UnrotatedBos
 from ropemods.mods.base import Call, Layout, Site
 
@@ -120,19 +124,35 @@ class Problem:
         )
 
     def stock(self) -> Callable[[], None]:
-        """`scaled_dot_product_attention` on whichever kernel it picks."""
+        """`scaled_dot_product_attention` on whichever kernel it picks, and on a GPU on the fastest for this call."""
+        return self._step(self._attend if self.backend is None else partial(self._on, self.backend), [])
 
-        def attend() -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(
-                self.q,
-                self.k,
-                self.v,
-                is_causal=self.kind != "decode",
-                scale=self.scale,
-                enable_gqa=self.q.shape[1] != self.k.shape[1],
-            )
+    @functools.cached_property
+    def backend(self) -> SDPBackend | None:
+        """The fastest of a GPU's kernels. None leaves the choice to torch."""
+        if self.q.device.type != "cuda":
+            return None
+        times = {}
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            step = self._step(partial(self._on, backend), [])
+            with contextlib.suppress(RuntimeError):  # a kernel that does not take this call
+                step()
+                times[backend] = min(clock.seconds(step, "cuda") for _ in range(3))
+        return min(times, key=lambda each: times[each])
 
-        return self._step(attend, [])
+    def _on(self, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return self._attend()
+
+    def _attend(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            self.q,
+            self.k,
+            self.v,
+            is_causal=self.kind != "decode",
+            scale=self.scale,
+            enable_gqa=self.q.shape[1] != self.k.shape[1],
+        )
 
     def modified(self, subject: Subject, path: str) -> Callable[[], None]:
         if not subject.mods:

@@ -63,6 +63,8 @@ class Row:
     memory: float
     """Peak memory over that of the stock call."""
     floor: float | None
+    stock: str = "as torch picks"
+    """The kernel that stock attention ran on."""
 
 
 def survey(plan: Plan, told: Callable[[Row], None] = lambda row: None) -> list[Row]:
@@ -84,6 +86,7 @@ def survey(plan: Plan, told: Callable[[Row], None] = lambda row: None) -> list[R
                 ratio=clock.ratio(stock, call, pairs=plan.pairs, device=plan.device),
                 memory=clock.peak_bytes(call, plan.device) / stock_bytes,
                 floor=subject.floor(path, kind),
+                stock=Row.stock if problem.backend is None else problem.backend.name.lower(),
             )
             rows.append(row)
             told(row)

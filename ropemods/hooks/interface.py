@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ropemods.attention import eager, fused
+from ropemods.attention import autocast, eager, fused
 from ropemods.attention.rows import Rows
 from ropemods.hooks.inputs import BOS, SHARED
 from ropemods.hooks.passes import PASS, Pass
@@ -200,16 +200,26 @@ def _attention(
             )
         return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    rows = rows_of(
-        backend, module, query, key, value, attention_mask=attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-    call = site.call(bos, rows.k_BGSD.shape[2], shared)
-    if site.active:
-        rows = module.ropemods(rows, call)
-    if this is not None:
-        attend = eager if backend == "eager" else fused
-        rows = this.through(module, attend.tempered(rows))
-    return _attend(backend, site, rows, call, training=module.training)
+    query, key, value = autocast.cast(query, key, value)
+    with autocast.suspended(query.device):
+        rows = rows_of(
+            backend,
+            module,
+            query,
+            key,
+            value,
+            attention_mask=attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+        call = site.call(bos, rows.k_BGSD.shape[2], shared)
+        if site.active:
+            rows = module.ropemods(rows, call)
+        if this is not None:
+            attend = eager if backend == "eager" else fused
+            rows = this.through(module, attend.tempered(rows))
+        return _attend(backend, site, rows, call, training=module.training)
 
 
 @torch.compiler.disable
@@ -227,8 +237,8 @@ def rows_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
     attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,

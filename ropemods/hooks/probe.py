@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ropemods.attention import autocast
 from ropemods.attention.rows import Rows
 from ropemods.hooks import interface, rotary
 from ropemods.hooks.partition import gathered
@@ -25,11 +26,11 @@ class _Reached(Exception):
 
 @contextlib.contextmanager
 def quietly(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no gradients, put back as they were."""
+    """Evaluation mode, no gradients and no autocast, put back as they were."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), autocast.suspended(model.device):
             yield
     finally:
         for module in training:

@@ -1,6 +1,6 @@
 """The description of the modifications in the model's config, always true of the model at hand.
 
-`config.ropemods = {"version": 1, "mods": […], "strength": {…}, "rope_parameters": the stock ones}`, and the config's
+`config.ropemods = {"version": 2, "mods": […], "strength": {…}, "rope_parameters": the stock ones}`, and the config's
 own rope parameters say what a stock transformers may make of a checkpoint:
 
 - they are the stock ones while every strength is 0 (the checkpoint is the stock model),
@@ -25,7 +25,9 @@ from ropemods.hooks.native import native_parameters, per_table
 from ropemods.hooks.rotary import sentinel, tables, without_sentinel
 from ropemods.mods import Mod, mod_from_json
 
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
+"""Versions of the record: 1 is that of ropemods 0.1; what its parameters lack is in `Stage.since_version`."""
 
 
 def rope_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -41,17 +43,18 @@ class Record:
     strength: dict[str, float]
     rope_parameters: dict[str, Any]
     """The stock ones."""
+    version: int = VERSION
 
 
 def parse(entry: dict[str, Any]) -> Record:
     """The record in a config or in `ropemods.json`."""
-    if entry.get("version") != VERSION:
+    if entry.get("version") not in READS:
         raise ValueError(
-            f"this checkpoint's ropemods record is version {entry.get('version')}, and this ropemods reads version "
-            f"{VERSION}; install the version of ropemods that wrote it"
+            f"this checkpoint's ropemods record is version {entry.get('version')}, and this ropemods reads versions "
+            f"{' and '.join(map(str, READS))}; install the version of ropemods that wrote it"
         )
     mods = [mod_from_json(mod) for mod in entry["mods"]]
-    return Record(mods, dict(entry["strength"]), entry["rope_parameters"])
+    return Record(mods, dict(entry["strength"]), entry["rope_parameters"], entry["version"])
 
 
 def load_config(

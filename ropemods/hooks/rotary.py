@@ -23,6 +23,7 @@ from ropemods.mods import mod_from_json
 from ropemods.mods.base import Layout
 from ropemods.mods.unrotated_bos import turned_back
 
+KEPT = "ropemods_stock_"
 BUFFERS = ("inv_freq", "original_inv_freq", "long_inv_freq")
 SENTINEL = "ropemods"
 """The rope type of a checkpoint that stock transformers must refuse to load."""
@@ -35,13 +36,15 @@ Edit = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass
 class Table:
-    """One frequency table of one rotary module. `pristine` holds its buffers as the stock model had them."""
+    """One frequency table of one rotary module. `pristine` holds its buffers as they were found on the stock model."""
 
     module: nn.Module
     prefix: str
     pristine: dict[str, Tensor]
     own_init: Callable | None = None
     """The module's init function, where its forward calls it anew in each pass and so never reads the buffers."""
+    base: Table | None = None
+    """The table of the model that this one is a twin of."""
 
     @property
     def layer_type(self) -> str | None:
@@ -49,6 +52,21 @@ class Table:
 
     def live(self) -> Tensor:
         return getattr(self.module, f"{self.prefix}inv_freq")
+
+    def keep(self) -> None:
+        """Let copies of the pristine buffers stand beside them, so that a cast of the model rounds both alike."""
+        for name, value in self.pristine.items():
+            if name in self.module._buffers:
+                self.module.register_buffer(KEPT + name, value.clone(), persistent=False)
+
+    def stock(self) -> dict[str, Tensor]:
+        """The buffers as the stock model has them now: `half().float()` leaves a table rounded."""
+        module = self.module if self.base is None else self.base.module
+        return {name: getattr(module, KEPT + name, value) for name, value in self.pristine.items()}
+
+    def release(self) -> None:
+        for name in [name for name in self.module._buffers if name.startswith(KEPT)]:
+            delattr(self.module, name)
 
     @property
     def rope_type(self) -> str:
@@ -65,7 +83,7 @@ class Table:
     @torch.no_grad()
     def write(self, edit: Edit | None) -> None:
         """Set every buffer to the edited pristine one; None restores them."""
-        for name, stock in self.pristine.items():
+        for name, stock in self.stock().items():
             buffer = getattr(self.module, name)
             value = stock if edit is None else edit(stock)
             if buffer.shape == value.shape:
@@ -141,7 +159,7 @@ def _rotary_buffers(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
         if "RotaryEmbedding" not in type(module).__name__:
             continue
         for name, _ in module.named_buffers(recurse=False):
-            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            if name.endswith("inv_freq") and not name.endswith("original_inv_freq") and not name.startswith(KEPT):
                 yield module, name.removesuffix("inv_freq")
 
 

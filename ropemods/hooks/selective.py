@@ -41,7 +41,7 @@ def build(model: PreTrainedModel, mod: Mod, layers: list[nn.Module]) -> None:
     made = []
     for table in rotary.tables(model):
         twin = twins.setdefault(id(table.module), copy.deepcopy(table.module))
-        made.append(Table(twin, table.prefix, {k: v.clone() for k, v in table.pristine.items()}, table.own_init))
+        made.append(Table(twin, table.prefix, dict(table.pristine), table.own_init, base=table))
     model.ropemods_twins = Twins(made)
     by_prefix = {table.prefix: table for table in made}
     for layer in layers:

@@ -55,6 +55,8 @@ class Stage(nn.Module):
     """A modification at work in one place. Subclasses define `forward(value, call)`."""
 
     strength: Tensor
+    since_version: ClassVar[dict[str, int]] = {}
+    """Buffers that only checkpoints from some version of the record on have; read from older ones, they are zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +68,19 @@ class Stage(nn.Module):
         self.alpha, self.active = alpha, alpha > 0
         if not self.strength.is_meta:
             self.strength.fill_(alpha)
+
+    @torch.no_grad()
+    def fill_missing(self, version: int) -> list[str]:
+        """Zero in the buffers that a checkpoint of that version does not have; returns their names."""
+        missing = [name for name, since in self.since_version.items() if version < since]
+        for name in missing:
+            getattr(self, name).zero_()
+        return missing
+
+    def keep_as_of(self, version: int) -> None:
+        """Let state dicts hold what checkpoints of that version have."""
+        for name, since in self.since_version.items():
+            self.register_buffer(name, getattr(self, name), persistent=version >= since)
 
     def fill_constants(self) -> None:
         """Give the values that no checkpoint holds; for stages that were built without memory and then loaded."""
@@ -127,6 +142,11 @@ class Mod:
     @property
     def adds_sink(self) -> bool:
         """Whether the stage adds to the softmax's denominator, for which fused kernels have no dropout."""
+        return False
+
+    @property
+    def zeroes_states(self) -> bool:
+        """Whether a position may be exactly zero in every layer, where backpropagation multiplies zero by infinity."""
         return False
 
     def conflict(self, other: Mod) -> str | None:

@@ -9,7 +9,8 @@ Closing column 0 alone leaves position 1 as the new closed trajectory: look at i
 
 `init` is a number, or "calibrated": with a calibration batch, the logit at which the sink takes, on average, the mass
 that BOS had in that head; without one, 0. `raised` is added to that start: a sink above what BOS had makes every row's
-denominator depend less on how many keys it has. Strength 0 is the stock softmax. One number a head trains.
+denominator depend less on how many keys it has. Strength 0 is the stock softmax. One number a
+head trains: how far the sink has moved from its start, which is where weight decay pulls it.
 Cost: one elementwise pass over the output, and eight more channels a head where the BOS column is closed.
 """
 
@@ -81,15 +82,24 @@ class LearnedSink(Mod):
 
 
 class LearnedSinkStage(Stage):
+    """The sink stands at `start + logit`. The departure `logit` trains, so that weight decay pulls to the start.
+
+    Checkpoints of 0.1 have no `start`, and the whole in `logit`.
+    """
+
+    start: Tensor
+    since_version = {"start": 2}
+
     def __init__(self, mod: LearnedSink, heads: int) -> None:
         super().__init__()
         self.mod = mod
         start = mod.raised if mod.init == "calibrated" else float(mod.init)
-        self.logit = nn.Parameter(torch.full((heads,), start))
+        self.register_buffer("start", torch.full((heads,), start))
+        self.logit = nn.Parameter(torch.zeros(heads))
 
     def forward(self, rows: Rows, call: Call) -> Rows:
         strength = self.strength.to(wide(rows.q_BHTD.dtype))
-        sink_H = self.logit.to(strength.dtype) + strength.log()
+        sink_H = self.sink_H(strength.dtype) + strength.log()
         if rows.sink_H is not None:  # a sink of the model's own
             sink_H = torch.logaddexp(sink_H, rows.sink_H.to(sink_H.dtype))
         rows = rows._replace(sink_H=sink_H)
@@ -98,6 +108,10 @@ class LearnedSinkStage(Stage):
         rows = with_bos_column(rows, call)
         assert rows.bos is not None
         return rows._replace(bos=rows.bos._replace(log_weight=rows.bos.log_weight + torch.log1p(-strength)))
+
+    def sink_H(self, dtype: torch.dtype) -> Tensor:
+        """The logit of each head at strength 1."""
+        return self.start.to(dtype) + self.logit.to(dtype)
 
     @torch.no_grad()
     def calibrate(self, rows: Rows, call: Call) -> None:
@@ -110,7 +124,7 @@ class LearnedSinkStage(Stage):
         _, _, log_rest = eager.attend(rows._replace(bos=rows.bos.closed()))
         seen = later & log_rest.isfinite()
         bos_mass = -torch.expm1(torch.where(seen, log_rest - log_all, 0.0))
-        self.logit.copy_(sink_with_mass(log_rest, bos_mass, seen) + self.mod.raised)
+        self.start.copy_(sink_with_mass(log_rest, bos_mass, seen) + self.mod.raised)
 
 
 def sink_with_mass(log_rest_BHT: Tensor, mass_BHT: Tensor, seen_BHT: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ has k = v = 0 and logit 0 throughout: each head is exactly softmax-off-by-one, e
 `by="random_token"`: in training, the embedding of a token drawn anew for every sequence, so that no one fingerprint can
 be relied on; in evaluation the model's own BOS embedding stands there.
 
+What zero trains: where it is a fixed point, the BOS stays zero whatever the weights are, so the derivative of its
+trajectory by every weight is exactly zero, and it is given none (`ropemods.hooks.zero_states`). Backpropagation alone
+would find that zero as 0 · ∞, since a normalisation at zero has the Jacobian 1/√ε once a layer. With biases the
+trajectory leaves zero, and its gradient is that of any other token.
+
 A norm right behind the embedding undoes a change of scale. So by="zero" changes little on the way in a model with
 RMSNorm, and almost all of it at the last step, from any strength below 1 to 1; the other vectors turn by degrees.
 
@@ -51,6 +56,10 @@ class ReplacedBos(Mod):
     @property
     def needs_bos(self) -> bool:
         return True
+
+    @property
+    def zeroes_states(self) -> bool:
+        return self.by == "zero"
 
     def export_obstacle(self) -> str | None:
         if self.by == "random_token":
@@ -106,4 +115,12 @@ class ReplacedBosStage(Stage):
         else:
             new = self.vector.to(embedded_BTE.dtype).expand_as(embedded_BTE)
         alpha = self.strength.to(embedded_BTE.dtype)
-        return torch.where(is_bos, (1 - alpha) * embedded_BTE + alpha * new, embedded_BTE)
+        replaced = torch.where(is_bos, (1 - alpha) * embedded_BTE + alpha * new, embedded_BTE)
+        return without_gradient(replaced) if self.mod.zeroes_states else replaced
+
+
+def without_gradient(hidden: Tensor) -> Tensor:
+    """The same values, and no gradient where every channel of a position is zero."""
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return hidden
+    return torch.where((hidden == 0).all(-1, keepdim=True), hidden.detach(), hidden)

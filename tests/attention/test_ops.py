@@ -72,3 +72,17 @@ def test_a_sink_without_gradient_gets_none() -> None:
     q, k, v, sink = inputs()
     out, lse = flash.attend_with_sink(q, k, v, sink.detach(), mask=None, causal=True, scale=0.3)
     assert out.requires_grad and not lse.requires_grad
+
+
+@pytest.mark.parametrize("keys", [1, 9, 16, 33])
+@pytest.mark.parametrize("shape", ["one row", "every row", "turned"])
+def test_a_mask_is_handed_to_the_memory_efficient_kernel_as_it_reads_one(keys: int, shape: str) -> None:
+    """It refuses a mask that is not of every head, or whose rows do not begin at multiples of 16 numbers."""
+    q, k = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, keys, 8)
+    mask = torch.randn(2, 1, 1 if shape == "one row" else 5, keys)
+    if shape == "turned":
+        mask = mask.transpose(2, 3).contiguous().transpose(2, 3)
+    found = flash.aligned(mask, q, k)
+    assert found is not None and found.shape == (2, 4, 5, keys) and torch.equal(found, mask.expand(2, 4, 5, keys))
+    assert all(stride % 16 == 0 for stride in found.stride()[:3]) and (keys == 1 or found.stride(3) == 1)
+    assert found.untyped_storage().nbytes() <= 4 * 2 * 5 * (keys + 16)

@@ -18,7 +18,8 @@ from ropemods.attention import eager
 from ropemods.attention.rows import Rows
 from ropemods.attention.triton import launch, path
 from ropemods.attention.triton.attend import attend
-from ropemods.attention.triton.launch import Blocks, Column, Rule
+from ropemods.attention.triton.blocks import Blocks
+from ropemods.attention.triton.launch import Column, Rule
 from ropemods.attention.triton.spans import packed_spans, spans
 from tests.attention.test_rows import problem
 

@@ -19,29 +19,31 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ropemods.attention.triton import attend_kernels, decode_kernels, gradient_kernels, launch, row_kernels, row_stats
+from ropemods.attention.triton import attend_kernels, blocks, decode_kernels, gradient_kernels, row_kernels
 
 group, capability, dtype, dim, mask = json.loads(sys.argv[1])
 groups = {
-    "statistics": ((row_kernels.statistics_kernel, row_kernels.query_gradient_kernel, row_kernels.key_gradient_kernel),
-                   row_stats.default_blocks, 2),
-    "attention": ((attend_kernels.attend_kernel,), launch.default_blocks, 2),
-    "gradients": ((gradient_kernels.query_gradients_kernel, gradient_kernels.key_gradients_kernel),
-                  launch.default_blocks, 1),
-    "decode": ((decode_kernels.split_scores_kernel, decode_kernels.split_values_kernel, decode_kernels.merge_kernel),
-               launch.default_blocks, 2),
+    "statistics": {"statistics": row_kernels.statistics_kernel,
+                   "statistics_query_gradient": row_kernels.query_gradient_kernel,
+                   "statistics_key_gradient": row_kernels.key_gradient_kernel},
+    "attention": {"attend_kept": attend_kernels.attend_kernel},
+    "gradients": {"query_gradients": gradient_kernels.query_gradients_kernel,
+                  "key_gradients": gradient_kernels.key_gradients_kernel},
+    "decode": {"decode": decode_kernels.split_scores_kernel, "decode ": decode_kernels.split_values_kernel,
+               "decode  ": decode_kernels.merge_kernel},
 }
-kernels, default_blocks, stages = groups[group]
-rows, keys = default_blocks(dim, getattr(torch, dtype))
 short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
 inputs = "q k v d_out out slope dq dk dv".split()
 flags = "is_bos" if group != "statistics" else ""
 numbers = "scale cap hold_from".split()
-integers = "first past".split()
-for kernel in kernels:
-    constants = {"DIM": dim, "VDIM": dim, "ROWS": 16 if group == "decode" else rows, "KEYS": keys, "MASK": mask,
-                 "CAPPED": True, "BOS": True, "SPARED": True, "SINK": True, "BETA": 2, "POWERS": 5, "KEEP": True,
-                 "PARTS": 32}
+integers = "first past bos_past".split()
+for name, kernel in groups[group].items():
+    size = blocks.default(name.strip(), dim, getattr(torch, dtype))
+    constants = {"DIM": dim, "VDIM": dim, "ROWS": 16 if group == "decode" else size.rows, "KEYS": size.keys,
+                 "MASK": mask, "CAPPED": True, "BOS": True, "SPARED": True, "SINK": True, "BETA": 2, "POWERS": 5,
+                 "KEEP": True, "PARTS": 32}
+    if name != "decode  ":
+        constants |= {"head_dim": dim, "value_dim": dim}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     # Every pointer that is no input holds fp32; what has a stride's or a size's name holds an integer.
     scalars = [n for n in kernel.arg_names if n.endswith(("_batch", "_head", "_row", "_dim", "_key")) or n in
@@ -54,7 +56,7 @@ for kernel in kernels:
         {name: types[name] for name in kernel.arg_names},
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
     )
-    options = {"num_warps": 4, "num_stages": stages}
+    options = {"num_warps": size.warps, "num_stages": size.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     print(compiled.metadata.shared)
 """

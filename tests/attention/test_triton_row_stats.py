@@ -14,7 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from ropemods.attention import flash
-from ropemods.attention.triton.row_stats import Blocks, row_stats
+from ropemods.attention.triton.blocks import Blocks
+from ropemods.attention.triton.row_stats import row_stats
 from ropemods.attention.triton.spans import Spans, packed_spans, spans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

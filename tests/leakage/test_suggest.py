@@ -102,7 +102,7 @@ def test_a_sink_at_the_proposed_logit_takes_the_mass_that_bos_had() -> None:
     ids = make_crops(read_documents(documents()), tokenizer(), protocol).tokens_NT
     rm.apply(model, rm.LearnedSink(), strength=0.0, calibration=ids)
     for layer, row in zip(model.model.layers, suggestion.sink, strict=True):
-        assert row == pytest.approx(layer.self_attn.ropemods.learned_sink.logit.tolist(), abs=1e-3)
+        assert row == pytest.approx(layer.self_attn.ropemods.learned_sink.start.tolist(), abs=1e-3)
 
 
 def test_it_is_written_whole_and_reads_as_a_table(tmp_path: Path) -> None:

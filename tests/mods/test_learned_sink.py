@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import ropemods as rm
 from ropemods.hooks import interface
 from ropemods.mods import AdaptiveTemperature, LearnedSink, ReplacedBos, TruncatedRoPE, UnrotatedBos
 from tests import zoo
-from tests.contract import ModContract, close
+from tests.contract import ModContract, close, perturb
 
 
 class TestContract(ModContract):
@@ -55,9 +56,7 @@ def test_a_calibrated_sink_takes_the_mass_that_bos_had(backend: str) -> None:
 def test_a_raised_start_stands_above_the_calibrated_one() -> None:
     ids = zoo.tokens(rows=16)
     logits = [
-        torch.stack(
-            [p for n, p in rm.apply(zoo.build(), mod, calibration=ids).named_parameters() if n.endswith("logit")]
-        )
+        torch.stack([b for n, b in rm.apply(zoo.build(), mod, calibration=ids).named_buffers() if n.endswith("start")])
         for mod in (LearnedSink(), LearnedSink(raised=1.5))
     ]
     close(logits[1], logits[0] + 1.5, 1e-6)
@@ -66,6 +65,57 @@ def test_a_raised_start_stands_above_the_calibrated_one() -> None:
         LearnedSink(init=1.0, raised=1.0)
     with pytest.raises(ValueError, match="raised must be a number"):
         LearnedSink(raised=True)
+
+
+def test_weight_decay_pulls_to_the_calibrated_start() -> None:
+    ids = zoo.tokens(rows=16)
+    model = rm.apply(zoo.build(), LearnedSink(raised=1.5), calibration=ids)
+    stages = [layer.self_attn.ropemods.learned_sink for layer in model.model.layers]
+    started = [stage.sink_H(torch.float32).detach().clone() for stage in stages]
+    own = [p for n, p in model.named_parameters() if "ropemods" in n]
+    with torch.no_grad():
+        for parameter in own:
+            parameter.add_(1.0)
+    optimizer = torch.optim.AdamW(own, lr=0.1, weight_decay=1.0)
+    for _ in range(100):
+        for parameter in own:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for stage, start in zip(stages, started, strict=True):
+        close(stage.sink_H(torch.float32), start, 1e-4)
+        assert start.abs().min() > 1e-2
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_checkpoint_of_0_1_is_the_model_it_was(adapter: bool, tmp_path) -> None:
+    """There the sink was one parameter, its start in it, and the record was of version 1."""
+    import json
+
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    zoo.build().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    rm.apply(model, LearnedSink(), calibration=zoo.tokens(rows=16))
+    perturb(model)
+    ids = zoo.tokens()
+    if adapter:
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["ropemods"], init_lora_weights=False)
+        model = get_peft_model(model, config)
+    wanted = model(ids).logits
+    model.save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / ("adapter_model.safetensors" if adapter else "model.safetensors")
+    state = load_file(weights)
+    starts = [name for name in state if name.endswith(".start")]
+    assert len(starts) == 2
+    for name in starts:
+        state[name.removesuffix("start") + "logit"] += state.pop(name)
+    save_file(state, weights, metadata={"format": "pt"})
+    record = tmp_path / "saved" / ("ropemods.json" if adapter else "config.json")
+    described = json.loads(record.read_text())
+    (described if adapter else described["ropemods"])["version"] = 1
+    record.write_text(json.dumps(described))
+    assert torch.equal(rm.from_pretrained(tmp_path / "saved").eval()(ids).logits, wanted)
 
 
 def test_the_order_of_the_modifications_does_not_matter() -> None:

@@ -51,6 +51,37 @@ def test_zero_on_llama_is_softmax_off_by_one(backend: str) -> None:
     close(model(ids).logits[:, 1:], softmax_off_by_one(zoo.build("llama", backend), ids), 1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gradients_of_a_deep_model_are_those_of_softmax_off_by_one(dtype, checkpointing: bool) -> None:
+    """In fp32 the normalisations of 28 layers at zero would overflow; transformers has them in fp32 in every dtype."""
+    stock, ids = zoo.deep(dtype=torch.float64), zoo.tokens()
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 2:].flatten())
+
+    loss(softmax_off_by_one(stock, ids)).backward()
+    model = rm.apply(zoo.deep(dtype=dtype), ReplacedBos("zero")).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss(model(ids, use_cache=False).logits[:, 1:]).backward()
+    for (name, wanted), found in zip(stock.named_parameters(), model.parameters(), strict=True):
+        assert (found.grad - wanted.grad).norm() <= 1e-4 * wanted.grad.norm(), name
+
+
+def test_a_position_at_zero_with_biases_keeps_its_gradient() -> None:
+    """The trajectory leaves zero in the first layer, and every gradient is what stock has for such an input."""
+    ids = zoo.tokens()
+    stock = zoo.build("qwen2", dtype=torch.float64)
+    embedded = stock.get_input_embeddings()(ids)
+    embedded = torch.where((ids == zoo.BOS).unsqueeze(-1), 0.0, embedded)
+    stock(inputs_embeds=embedded, labels=ids).loss.backward()
+    model = rm.apply(zoo.build("qwen2", dtype=torch.float64), ReplacedBos("zero"))
+    model(ids, labels=ids).loss.backward()
+    for wanted, found in zip(stock.parameters(), model.parameters(), strict=True):
+        close(found.grad, wanted.grad, 1e-12)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("by", ["zero", "mean", "noise"])
 def test_equals_an_edited_input_embedding(architecture: str, by: str) -> None:

@@ -119,6 +119,27 @@ def test_a_table_that_is_computed_anew_in_each_pass_is_edited_too(layers: list[i
     assert torch.equal(rm.remove(model)(ids).logits, before)
 
 
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("casts", [("half",), ("half", "float"), ("bfloat16", "float")])
+def test_a_cast_model_at_strength_zero_is_the_cast_stock_model(
+    casts: tuple[str, ...], layers: list[int] | None
+) -> None:
+    """A cast to half precision and back leaves stock tables rounded, and so it does what the edits are made from."""
+    ids, stock = zoo.tokens(length=40), zoo.build("llama")
+    model = rm.apply(zoo.build("llama"), TruncatedRoPE(0.5, layers=layers))
+    for cast in casts:
+        for each in (stock, model):
+            getattr(each, cast)()
+    rm.set_strength(model, 0.0)
+    assert torch.equal(model(ids).logits, stock(ids).logits)
+    rm.set_strength(model, 1.0)
+    rounded = rm.apply(copy.deepcopy(stock), TruncatedRoPE(0.5, layers=layers))
+    assert torch.equal(model(ids).logits, rounded(ids).logits)
+    buffers = {name for name, _ in stock.named_buffers()}
+    assert torch.equal(rm.remove(model)(ids).logits, stock(ids).logits)
+    assert {name for name, _ in model.named_buffers()} == buffers
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

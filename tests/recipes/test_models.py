@@ -80,14 +80,20 @@ def test_a_recipe_trains_three_steps(path: Path, text: Path, tmp_path: Path) -> 
     model = tiny.write_model(tmp_path / "model", ARCHITECTURES[path.parent.name])
     small = {
         "model_name_or_path": str(model), "data": str(text), "output_dir": str(tmp_path / "out"), "length": 64,
-        "held_out": 0.2, "held_out_rows": 4, "max_steps": 3, "schedule": {"steps": 2}, "global_batch_size": 4,
-        "per_device_train_batch_size": 2, "warmup_steps": 1, "use_cpu": True, "bf16": False, "save_strategy": "no",
-        "protocol": None, "probe": None, "probe_steps": 0, "arms": ["modified"], "distributed": "none",
+        "held_out": 0.2, "held_out_rows": 4, "max_steps": 3, "schedule": as_shipped["schedule"] | {"steps": 2},
+        "global_batch_size": 4, "per_device_train_batch_size": 2, "warmup_steps": 1, "use_cpu": True,
+        "save_strategy": "no", "protocol": None, "probe": None, "probe_steps": 0, "arms": ["modified"],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(as_shipped | small))
     main(["--config", str(tmp_path / "recipe.yaml")])
     result = read_result(tmp_path / "out" / "modified-0" / "result.json")
     assert result.steps == 3 and result.reload_difference is not None
+    ran = json.loads((tmp_path / "out" / "results.json").read_text())["recipe"]
+    shrunk = {*small, "mods"}
+    assert {k: v for k, v in ran.items() if k in as_shipped and k not in shrunk} == {
+        k: v for k, v in as_shipped.items() if k not in shrunk
+    }
+    assert ran["bf16"] is True and ran["activation_checkpointing"] is True
     described = tmp_path / "out" / "modified-0" / "model" / ("ropemods.json" if recipe.lora else "config.json")
     record = json.loads(described.read_text())
     assert set((record if recipe.lora else record["ropemods"])["strength"].values()) == {1.0}

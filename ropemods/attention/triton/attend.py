@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ropemods.attention.triton import launch, tiles
-from ropemods.attention.triton.launch import Blocks, Column, Inputs, Rule
+from ropemods.attention.triton.blocks import Blocks
+from ropemods.attention.triton.launch import Column, Inputs, Rule
 from ropemods.attention.triton.spans import Spans
 
 
@@ -53,12 +54,11 @@ def attend(
 ) -> Attended:
     """`beta_BHT` is a temperature that is known; `rule` one that is read off the entropy. Gradients reach q, k, v, the
     logits of the column, the sink, β and the coefficients. `parts` splits the keys: 1 never does, None chooses.
+    Without `blocks` each kernel has its own.
     """
     launch.check("the triton kernels", q_BHTD, k_BGSD, v_BGSD, spans, mask)
-    batch, heads, queries, head_dim = q_BHTD.shape
-    keys = k_BGSD.shape[2]
     if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
+        mask = mask.expand(*q_BHTD.shape[:3], k_BGSD.shape[2])
     if column is None:
         column = Column(None, None, None, None)
     if rule is None:
@@ -67,7 +67,7 @@ def attend(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grown)
     if parts is None:
         parts = launch.parts(q_BHTD, k_BGSD)
-    rows, tile_keys = launch.default_blocks(max(head_dim, v_BGSD.shape[3]), q_BHTD.dtype) if blocks is None else blocks
+    rows, tile_keys = (0, 0) if blocks is None else blocks[:2]
     given = q_BHTD, k_BGSD, v_BGSD, *spans, mask, *column, sink_H, *rule, beta_BHT
     return Attended(*_attend_rows(*given, scale, softcap or 0.0, spared, keep, parts, rows, tile_keys))
 
@@ -83,7 +83,7 @@ def _attend_rows(
     rest = sink, coefficients, strength, hold_from, beta
     made = _empty(q, v, coefficients is not None, beta is not None, keep)
     run = launch.forward if parts == 1 else launch.decode
-    run(inputs, *rest, made, Blocks(rows, keys), parts)
+    run(inputs, *rest, made, Blocks(rows, keys) if rows else None, parts)
     return made
 
 
@@ -112,7 +112,8 @@ def _attend_rows_backward(
     inputs = Inputs(q, k, v, first, past, mask, is_bos, bos_logit, bos_weight, bos_counted, scale, softcap, spared)
     kind = tiles.NO_BETA if beta is None else tiles.GIVEN if d_entropy is None else tiles.FROM_ENTROPY
     made = _empty_gradients(d_out, delta, d_entropy, q, k, v, first, past, mask, is_bos)
-    launch.backward(inputs, kind, beta, (d_out, log_z, lse, entropy, delta, d_entropy), made, Blocks(rows, keys))
+    blocks = Blocks(rows, keys, stages=1) if rows else None
+    launch.backward(inputs, kind, beta, (d_out, log_z, lse, entropy, delta, d_entropy), made, blocks)
     return made
 
 

@@ -6,7 +6,7 @@ biases c (the mask, the BOS weight) and the highest tempered logit m so far,
 
     w_j = e^(β x_j + c_j − m)      l = Σ w_j      o = Σ w_j v_j
 
-and, for the backward, with r the highest logit so far,
+and, for the backward, with a reference r, which is lse or the highest logit so far where lse is not known,
 
     a = Σ w_j (x_j − r)      A = Σ w_j (x_j − r) v_j      ∂O/∂β = A / l − (a / l) · o / l
 
@@ -24,6 +24,7 @@ import triton.language as tl
 from ropemods.attention.triton.row_kernels import statistics_end, statistics_step
 from ropemods.attention.triton.tiles import (
     beta_of,
+    key_stretches,
     logits,
     narrowed,
     product,
@@ -31,37 +32,48 @@ from ropemods.attention.triton.tiles import (
     rows_from,
     store_tile,
     tile,
+    tile_at,
+    tiles_in,
     weighed,
     with_beta,
 )
 
 
 @triton.jit
-def values_step(x, z, v_tile, state, KEEP: tl.constexpr):
-    """The sums of the module's docstring with one more tile. `state` is (m, l, o) or (m, l, o, r, a, A)."""
+def values_step(x, z, v_tile, state, KEEP: tl.constexpr, FIXED: tl.constexpr, SURE: tl.constexpr):
+    """The sums of the module's docstring with one more tile. `state` is (m, l, o) or (m, l, o, r, a, A); r is FIXED
+    where it was known from the start."""
     highest, base, rise = raised(state[0], z)
     shrink = tl.exp(-rise)
     weight = tl.exp(z - base[:, None])
     total = shrink * state[1] + tl.sum(weight, 1)
     mixed = shrink[:, None] * state[2] + product(narrowed(weight, v_tile.dtype), v_tile)
     if KEEP:
-        reference, from_here, step = raised(state[3], tl.where(z > float("-inf"), x, float("-inf")))
-        moment = tl.where(weight > 0, weight * (x - from_here[:, None]), 0.0)
-        first = shrink * (state[4] - step * state[1]) + tl.sum(moment, 1)
-        mixed_first = shrink[:, None] * (state[5] - step[:, None] * state[2])
-        mixed_first += product(narrowed(moment, v_tile.dtype), v_tile)
+        reference = state[3]
+        first, mixed_first = state[4], state[5]
+        if FIXED:
+            moment = weight * (x - reference[:, None])
+        else:
+            reference, from_here, step = raised(reference, tl.where(z > float("-inf"), x, float("-inf")))
+            moment = weight * (x - from_here[:, None])
+            first -= step * state[1]
+            mixed_first -= step[:, None] * state[2]
+        if not SURE:
+            moment = tl.where(weight > 0, moment, 0.0)
+        first = shrink * first + tl.sum(moment, 1)
+        mixed_first = shrink[:, None] * mixed_first + product(narrowed(moment, v_tile.dtype), v_tile)
         return highest, total, mixed, reference, first, mixed_first
     else:
         return highest, total, mixed
 
 
 @triton.jit
-def values_start(ROWS: tl.constexpr, VDIM: tl.constexpr, KEEP: tl.constexpr):
+def values_start(reference, ROWS: tl.constexpr, VDIM: tl.constexpr, KEEP: tl.constexpr):
+    """Nothing summed yet; `reference` is lse where it is known, else −inf."""
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, VDIM), tl.float32)
     if KEEP:
-        reference = tl.full((ROWS,), float("-inf"), tl.float32)
         return highest, total, mixed, reference, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, VDIM), tl.float32)
     else:
         return highest, total, mixed
@@ -93,11 +105,11 @@ def values_end(state, sink, SINK: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    q, k, v, first, past, mask, is_bos, bos_logit, bos_weight, bos_counted, sink, coefficients, strength, beta,
-    out, log_z, lse, entropy, slope,
+    q, k, v, first, past, mask, is_bos, bos_past, bos_logit, bos_weight, bos_counted, sink, coefficients, strength,
+    beta, out, log_z, lse, entropy, slope,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim,
     span_batch, mask_batch, mask_head, mask_row, mask_key,
-    heads, repeats, queries, keys, head_dim, value_dim, scale, cap, hold_from,
+    heads, repeats, queries, keys, head_dim: tl.constexpr, value_dim: tl.constexpr, scale, cap, hold_from,
     DIM: tl.constexpr, VDIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
     CAPPED: tl.constexpr, BOS: tl.constexpr, SPARED: tl.constexpr, SINK: tl.constexpr, BETA: tl.constexpr,
     POWERS: tl.constexpr, KEEP: tl.constexpr,
@@ -116,10 +128,13 @@ def attend_kernel(
     if BOS:
         row_bos = tl.load(bos_logit + at, mask=inside, other=0.0)
         weight = tl.load(bos_weight + batch * queries + row, mask=inside, other=0.0)
-    low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
-    high = tl.max(end)
+    last_bos = 0
+    if BOS:
+        last_bos = tl.load(bos_past + batch)
+    low, sure_low, sure_high, high = key_stretches(begin, end, inside, last_bos, KEYS, MASK)
 
     row_beta = tl.full((ROWS,), 1.0, tl.float32)
+    reference = tl.full((ROWS,), float("-inf"), tl.float32)
     if BETA == 1:
         row_beta = tl.load(beta + at, mask=inside, other=1.0)
     if BETA == 2:
@@ -129,34 +144,38 @@ def attend_kernel(
         highest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         moment = tl.zeros((ROWS,), tl.float32)
-        for start in range(low, high, KEYS):
-            key = start + tl.arange(0, KEYS)
-            k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
-            x, bias, seen, at_bos = logits(
-                q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
-                queries, keys, scale, cap, MASK, CAPPED, BOS,
-            )  # fmt: skip
-            s = weighed(x, bias, seen, at_bos, counted, BOS)
-            highest, total, moment = statistics_step(s, highest, total, moment)
+        for SURE in tl.static_range(2):
+            for n in range(0, tiles_in(low, sure_low, sure_high, high, SURE, KEYS)):
+                key = tile_at(n, low, sure_low, sure_high, SURE, KEYS) + tl.arange(0, KEYS)
+                k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+                x, bias, seen, at_bos = logits(
+                    q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
+                    queries, keys, scale, cap, MASK, CAPPED, BOS, SURE, False,
+                )  # fmt: skip
+                s = weighed(x, bias, seen, at_bos, counted, BOS, SURE, False)
+                highest, total, moment = statistics_step(s, highest, total, moment, SURE)
         row_lse, row_entropy = statistics_end(highest, total, moment)
         row_beta = beta_of(row_entropy, coefficients + head * POWERS, tl.load(strength), hold_from, POWERS)
         tl.store(lse + at, row_lse, mask=inside)
         tl.store(entropy + at, row_entropy, mask=inside)
         tl.store(beta + at, row_beta, mask=inside)
+        reference = tl.where(row_lse == float("-inf"), 0.0, row_lse)
 
-    state = values_start(ROWS, VDIM, KEEP)
-    for start in range(low, high, KEYS):
-        key = start + tl.arange(0, KEYS)
-        k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
-        x, bias, seen, at_bos = logits(
-            q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
-            queries, keys, scale, cap, MASK, CAPPED, BOS,
-        )  # fmt: skip
-        z = weighed(with_beta(x, row_beta, at_bos, BETA, SPARED), bias, seen, at_bos, weight, BOS)
-        if SPARED:
-            x = tl.where(at_bos, 0.0, x)  # what β multiplies there
-        v_tile = tile(v_base, key, keys, value_dim, v_row, v_dim, VDIM)
-        state = values_step(x, z, v_tile, state, KEEP)
+    state = values_start(reference, ROWS, VDIM, KEEP)
+    for SURE in tl.static_range(2):
+        for n in range(0, tiles_in(low, sure_low, sure_high, high, SURE, KEYS)):
+            key = tile_at(n, low, sure_low, sure_high, SURE, KEYS) + tl.arange(0, KEYS)
+            k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+            x, bias, seen, at_bos = logits(
+                q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, bos_base, row_bos,
+                queries, keys, scale, cap, MASK, CAPPED, BOS, SURE, False,
+            )  # fmt: skip
+            tempered = with_beta(x, row_beta, at_bos, BETA, SPARED, SURE, False)
+            z = weighed(tempered, bias, seen, at_bos, weight, BOS, SURE, False)
+            if SPARED and not SURE:
+                x = tl.where(at_bos, 0.0, x)  # what β multiplies there
+            v_tile = tile(v_base, key, keys, value_dim, v_row, v_dim, VDIM)
+            state = values_step(x, z, v_tile, state, KEEP, BETA == 2, SURE)
 
     row_sink = 0.0
     if SINK:

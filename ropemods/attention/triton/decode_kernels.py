@@ -42,7 +42,7 @@ def split_scores_kernel(
     q, k, first, past, mask, is_bos, bos_logit, bos_counted, scores, part_highest, part_total, part_moment,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
     span_batch, mask_batch, mask_head, mask_row, mask_key,
-    heads, repeats, queries, keys, head_dim, part, scale, cap,
+    heads, repeats, queries, keys, head_dim: tl.constexpr, part, scale, cap,
     DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
     BOS: tl.constexpr,
 ):  # fmt: skip
@@ -69,12 +69,12 @@ def split_scores_kernel(
         k_tile = tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
         x, bias, seen, at_bos = logits(
             q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, is_bos + batch * keys, row_bos,
-            queries, keys, scale, cap, MASK, CAPPED, BOS,
+            queries, keys, scale, cap, MASK, CAPPED, BOS, False, False,
         )  # fmt: skip
         where = scores + at[:, None] * keys + key[None, :]
         tl.store(where, x, mask=inside[:, None] & (key[None, :] < keys))
-        s = weighed(x, bias, seen, at_bos, counted, BOS)
-        highest, total, moment = statistics_step(s, highest, total, moment)
+        s = weighed(x, bias, seen, at_bos, counted, BOS, False, False)
+        highest, total, moment = statistics_step(s, highest, total, moment, False)
     parts_at = at * tl.num_programs(0) + tl.program_id(0)
     tl.store(part_highest + parts_at, highest, mask=inside)
     tl.store(part_total + parts_at, total, mask=inside)
@@ -88,7 +88,7 @@ def split_values_kernel(
     sum_highest, sum_total, sum_mixed, sum_reference, sum_first, sum_mixed_first,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim,
     span_batch, mask_batch, mask_head, mask_row, mask_key,
-    heads, repeats, queries, keys, head_dim, value_dim, part, scale, cap, hold_from,
+    heads, repeats, queries, keys, head_dim: tl.constexpr, value_dim: tl.constexpr, part, scale, cap, hold_from,
     DIM: tl.constexpr, VDIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
     CAPPED: tl.constexpr, BOS: tl.constexpr, SPARED: tl.constexpr, BETA: tl.constexpr, POWERS: tl.constexpr,
     KEEP: tl.constexpr, PARTS: tl.constexpr,
@@ -105,6 +105,7 @@ def split_values_kernel(
     mask_base = mask + batch * mask_batch + (tl.where(inside, head, 0) * mask_head)[:, None]
 
     row_beta = tl.full((ROWS,), 1.0, tl.float32)
+    reference = tl.full((ROWS,), float("-inf"), tl.float32)
     if BETA == 1:
         row_beta = tl.load(beta + at, mask=inside, other=1.0)
     if BETA == 2:
@@ -122,6 +123,7 @@ def split_values_kernel(
         )
         row_head = tl.where(inside, head, 0)
         row_beta = beta_of(row_entropy, coefficients + row_head * POWERS, tl.load(strength), hold_from, POWERS)
+        reference = tl.where(row_lse == float("-inf"), 0.0, row_lse)
         if tl.program_id(0) == 0:
             tl.store(lse + at, row_lse, mask=inside)
             tl.store(entropy + at, row_entropy, mask=inside)
@@ -129,7 +131,7 @@ def split_values_kernel(
     else:
         q_tile = _queries(q + batch * q_batch, head, row, inside, head_dim, q_head, q_row, q_dim, DIM)
 
-    state = values_start(ROWS, VDIM, KEEP)
+    state = values_start(reference, ROWS, VDIM, KEEP)
     # Parts are whole tiles; tiles before the first key that is seen, and behind the last, are passed over.
     low = tl.maximum(tl.program_id(0) * part, tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS)
     for start in range(low, tl.minimum((tl.program_id(0) + 1) * part, tl.max(end)), KEYS):
@@ -138,19 +140,33 @@ def split_values_kernel(
             where = scores + at[:, None] * keys + key[None, :]
             x = tl.load(where, mask=inside[:, None] & (key[None, :] < keys), other=0.0)
             bias, seen, at_bos = admitted(
-                row, key, begin, end, mask_base, mask_row, mask_key, is_bos + batch * keys, queries, keys, MASK, BOS
+                row,
+                key,
+                begin,
+                end,
+                mask_base,
+                mask_row,
+                mask_key,
+                is_bos + batch * keys,
+                queries,
+                keys,
+                MASK,
+                BOS,
+                False,
             )
         else:
             k_tile = tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
             x, bias, seen, at_bos = logits(
                 q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key, is_bos + batch * keys, row_bos,
-                queries, keys, scale, cap, MASK, CAPPED, BOS,
+                queries, keys, scale, cap, MASK, CAPPED, BOS, False, False,
             )  # fmt: skip
-        z = weighed(with_beta(x, row_beta, at_bos, BETA, SPARED), bias, seen, at_bos, weight, BOS)
+        z = weighed(
+            with_beta(x, row_beta, at_bos, BETA, SPARED, False, False), bias, seen, at_bos, weight, BOS, False, False
+        )
         if SPARED:
             x = tl.where(at_bos, 0.0, x)
         v_tile = tile(v + batch * v_batch + group * v_head, key, keys, value_dim, v_row, v_dim, VDIM)
-        state = values_step(x, z, v_tile, state, KEEP)
+        state = values_step(x, z, v_tile, state, KEEP, BETA == 2, False)
 
     parts_at = at * tl.num_programs(0) + tl.program_id(0)
     channel = tl.arange(0, VDIM)

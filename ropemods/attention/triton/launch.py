@@ -1,4 +1,4 @@
-"""How the kernels of an attention call are launched: block sizes, grids, strides, and what they cannot take.
+"""How the kernels of an attention call are launched: grids, strides, and what they cannot take.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, C coefficients.
 """
@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from ropemods.attention.triton import attend_kernels, decode_kernels, gradient_kernels, tiles
+from ropemods.attention.triton.blocks import Blocks, blocks_of, padded
 from ropemods.attention.triton.spans import Spans
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,13 +21,6 @@ FEW_LANES = 64
 """Queries times heads of a key/value head that one program of the decode kernels takes."""
 PROGRAMS = 256
 """What the keys of a decode call are split for: two programs on each processor of a large GPU."""
-
-
-class Blocks(NamedTuple):
-    """Queries and keys that a program holds at once; powers of two, 16 or more."""
-
-    rows: int
-    keys: int
 
 
 class Column(NamedTuple):
@@ -66,9 +60,19 @@ class Inputs(NamedTuple):
     softcap: float
     spared: bool
 
-    @property
     def column(self) -> tuple[Tensor | None, ...]:
-        return self.is_bos, self.bos_logit, self.bos_weight, self.bos_counted
+        return self.is_bos, self._bos_past(), self.bos_logit, self.bos_weight, self.bos_counted
+
+    def _bos_past(self) -> Tensor | None:
+        """One past the last BOS among the keys of each row of the batch: from there on no tile has to look for one."""
+        if self.is_bos is None:
+            return None
+        count = torch.arange(1, self.is_bos.shape[1] + 1, dtype=torch.int32, device=self.is_bos.device)
+        return (self.is_bos * count).amax(1)
+
+    def blocks(self, kernel: str) -> Blocks:
+        widest = max(self.q.shape[3], self.v.shape[3])
+        return blocks_of(kernel, widest, self.q.dtype, self.q.device)
 
     def mask_and_strides(self) -> tuple[Tensor | None, tuple[int, ...]]:
         if self.mask is None:
@@ -89,19 +93,6 @@ class Inputs(NamedTuple):
             "CAPPED": self.softcap > 0,
             "BOS": self.is_bos is not None,
         }
-
-
-def padded(head_dim: int) -> int:
-    """Tensor cores take 16 channels or more, and a tile a power of two."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def default_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
-    """Such that forward and backward fit the shared memory of any GPU of compute capability 8.0 on."""
-    width = padded(head_dim) * dtype.itemsize
-    if width > 512:
-        return Blocks(16, 16)
-    return Blocks(32, 32) if width > 128 else Blocks(64, 64)
 
 
 def parts(q: Tensor, k: Tensor) -> int:
@@ -143,18 +134,20 @@ def check(what: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor
 
 def forward(
     inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float,
-    beta: Tensor | None, made: tuple[Tensor, ...], blocks: Blocks, parts: int,
+    beta: Tensor | None, made: tuple[Tensor, ...], asked: Blocks | None, parts: int,
 ) -> None:  # fmt: skip
     q, k, v = inputs[:3]
     out, log_z, lse, entropy, made_beta, slope = made
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
+    kept = "attend_kept" if slope.numel() else "attend_entropy"
+    size = asked or inputs.blocks("attend" if coefficients is None else kept)
     tensors = (
-        *(q, k, v, inputs.first, inputs.past, mask, *inputs.column, sink, coefficients, strength),
+        *(q, k, v, inputs.first, inputs.past, mask, *inputs.column(), sink, coefficients, strength),
         made_beta if beta is None else beta,
         *(out, log_z, lse, entropy, slope),
     )
-    attend_kernels.attend_kernel[triton.cdiv(queries, blocks.rows), batch * heads](
+    attend_kernels.attend_kernel[triton.cdiv(queries, size.rows), batch * heads](
         *(q if x is None else x for x in tensors),
         *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides),
         *(heads, heads // k.shape[1], queries, k.shape[2], head_dim, v.shape[3]),
@@ -163,10 +156,10 @@ def forward(
         **_terms(inputs, sink, coefficients, beta, slope),
         SINK=sink is not None,
         VDIM=padded(v.shape[3]),
-        ROWS=blocks.rows,
-        KEYS=blocks.keys,
-        num_warps=4,
-        num_stages=2,
+        ROWS=size.rows,
+        KEYS=size.keys,
+        num_warps=size.warps,
+        num_stages=size.stages,
     )
 
 
@@ -181,14 +174,15 @@ def _terms(
 
 def decode(
     inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float,
-    beta: Tensor | None, made: tuple[Tensor, ...], blocks: Blocks, parts: int,
+    beta: Tensor | None, made: tuple[Tensor, ...], asked: Blocks | None, parts: int,
 ) -> None:  # fmt: skip
     q, k, v = inputs[:3]
     out, log_z, lse, entropy, made_beta, slope = made
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
     groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    part = triton.cdiv(triton.cdiv(keys, parts), blocks.keys) * blocks.keys
+    size = asked or inputs.blocks("decode")
+    part = triton.cdiv(triton.cdiv(keys, parts), size.keys) * size.keys
     parts = triton.cdiv(keys, part)
     terms = _terms(inputs, sink, coefficients, beta, slope)
 
@@ -199,7 +193,8 @@ def decode(
     common = (inputs.span_stride(), *mask_strides)
     sizes = heads, heads // groups, queries, keys, head_dim
     lanes = max(16, triton.next_power_of_2(heads // groups * queries))
-    tile_sizes = {"ROWS": lanes, "KEYS": blocks.keys, "num_warps": 4, "num_stages": 2} | inputs.constants()
+    options = {"num_warps": size.warps, "num_stages": size.stages}
+    tile_sizes = {"ROWS": lanes, "KEYS": size.keys} | options | inputs.constants()
     scores, statistics = q, [q, q, q]
     if terms["BETA"] == tiles.FROM_ENTROPY:
         scores, statistics = numbers(keys), [numbers(parts) for _ in range(3)]
@@ -241,7 +236,7 @@ def backward(
     beta: Tensor | None,
     given: tuple[Tensor | None, ...],
     made: tuple[Tensor, ...],
-    blocks: Blocks,
+    asked: Blocks | None,
 ) -> None:
     """`given` is dO, log z, lse, H, ⟨dO, O⟩ and dH; `made` is filled with dq, dk, dv and the BOS logits' gradient."""
     q, k, v = inputs[:3]
@@ -250,7 +245,7 @@ def backward(
     batch, heads, queries, head_dim = q.shape
     groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     given = tuple(None if x is None else x.contiguous() for x in given)
-    tensors = q, k, v, inputs.first, inputs.past, mask, *inputs.column, beta, *given
+    tensors = q, k, v, inputs.first, inputs.past, mask, *inputs.column(), beta, *given
     rest = (
         *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides),
         *(heads, heads // groups, queries, keys, head_dim, value_dim, inputs.scale, inputs.softcap),
@@ -259,13 +254,16 @@ def backward(
         "SPARED": inputs.spared and inputs.is_bos is not None and kind != tiles.NO_BETA,
         "BETA": kind,
         "VDIM": padded(value_dim),
-        "ROWS": blocks.rows,
-        "KEYS": blocks.keys,
-        "num_warps": 4,
-        "num_stages": 1,
     }
     read = [q if x is None else x for x in tensors]
-    grid = triton.cdiv(queries, blocks.rows), batch * heads
-    gradient_kernels.query_gradients_kernel[grid](*read, dq, d_logit, *rest, **constants)
-    grid = triton.cdiv(keys, blocks.keys), batch * groups
-    gradient_kernels.key_gradients_kernel[grid](*read, dk, dv, *rest, **constants)
+
+    def compiled(size: Blocks) -> dict[str, Any]:
+        sizes = {"ROWS": size.rows, "KEYS": size.keys}
+        return constants | sizes | {"num_warps": size.warps, "num_stages": size.stages}
+
+    size = asked or inputs.blocks("query_gradients")
+    grid = triton.cdiv(queries, size.rows), batch * heads
+    gradient_kernels.query_gradients_kernel[grid](*read, dq, d_logit, *rest, **compiled(size))
+    size = asked or inputs.blocks("key_gradients")
+    grid = triton.cdiv(keys, size.keys), batch * groups
+    gradient_kernels.key_gradients_kernel[grid](*read, dk, dv, *rest, **compiled(size))

@@ -20,16 +20,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropemods.attention.triton.tiles import logits, product, raised, rows_from, store_tile, tile
+from ropemods.attention.triton.tiles import (
+    by_row,
+    key_stretches,
+    logits,
+    product,
+    raised,
+    row_stretches,
+    rows_from,
+    store_tile,
+    tile,
+    tile_at,
+    tiles_in,
+    weighed,
+)
 
 
 @triton.jit
-def statistics_step(s, highest, total, moment):
+def statistics_step(s, highest, total, moment, SURE: tl.constexpr):
     """Σ e^(s − m) and Σ (s − m) e^(s − m) with the logits of one more tile."""
     highest, base, rise = raised(highest, s)
     shrink = tl.exp(-rise)
-    weight = tl.exp(s - base[:, None])
-    moment = shrink * (moment - rise * total) + tl.sum(tl.where(weight > 0, weight * (s - base[:, None]), 0.0), 1)
+    below = s - base[:, None]
+    weight = tl.exp(below)
+    weighted = weight * below
+    if not SURE:  # where nothing is seen, 0 · −∞
+        weighted = tl.where(weight > 0, weighted, 0.0)
+    moment = shrink * (moment - rise * total) + tl.sum(weighted, 1)
     total = shrink * total + tl.sum(weight, 1)
     return highest, total, moment
 
@@ -46,25 +63,33 @@ def statistics_end(highest, total, moment):
 @triton.jit
 def _scores(
     q, k, row, key, begin, end, mask, mask_row, mask_key,
-    queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr,
+    queries, keys, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr, SURE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Logits (ROWS, KEYS) with the mask, -inf where a key is not seen; and as the cap left them."""
-    x, bias, seen, _ = logits(
+    """Logits, a tile, with the mask, -inf where a key is not seen; and as the cap left them."""
+    x, bias, seen, at_bos = logits(
         q, k, row, key, begin, end, mask, mask_row, mask_key, mask, begin,
-        queries, keys, scale, cap, MASK, CAPPED, False,
+        queries, keys, scale, cap, MASK, CAPPED, False, SURE, TURNED,
     )  # fmt: skip
-    return tl.where(seen, x + bias, float("-inf")), x
+    return weighed(x, bias, seen, at_bos, begin, False, SURE, TURNED), x
 
 
 @triton.jit
-def _score_gradients(s, capped, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr):
+def _score_gradients(
+    s, capped, lse, entropy, d_lse, d_entropy, scale, cap, CAPPED: tl.constexpr, SURE: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
     """The gradients of q · k."""
-    seen = s != float("-inf")
-    log_p = tl.where(seen, s - lse[:, None], 0.0)
-    ds = tl.exp(log_p) * (d_lse[:, None] - d_entropy[:, None] * (log_p + entropy[:, None]))
+    log_p = s - by_row(lse, TURNED)
+    if not SURE:
+        seen = s != float("-inf")
+        log_p = tl.where(seen, log_p, 0.0)
+    above = log_p + by_row(entropy, TURNED)
+    ds = tl.exp(log_p) * (by_row(d_lse, TURNED) - by_row(d_entropy, TURNED) * above) * scale
     if CAPPED:
         ds = ds * (1 - (capped / cap) * (capped / cap))
-    return tl.where(seen, ds * scale, 0.0)
+    if not SURE:
+        ds = tl.where(seen, ds, 0.0)
+    return ds
 
 
 @triton.jit
@@ -72,7 +97,7 @@ def statistics_kernel(
     q, k, first, past, mask, lse, entropy,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, span_batch,
     mask_batch, mask_head, mask_row, mask_key,
-    heads, repeats, queries, keys, head_dim, scale, cap,
+    heads, repeats, queries, keys, head_dim: tl.constexpr, scale, cap,
     DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
@@ -85,15 +110,16 @@ def statistics_kernel(
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
-    low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
-    for start in range(low, tl.max(end), KEYS):
-        key = start + tl.arange(0, KEYS)
-        k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
-        s, _ = _scores(
-            q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
-            queries, keys, scale, cap, MASK, CAPPED,
-        )  # fmt: skip
-        highest, total, moment = statistics_step(s, highest, total, moment)
+    low, sure_low, sure_high, high = key_stretches(begin, end, inside, 0, KEYS, MASK)
+    for SURE in tl.static_range(2):
+        for n in range(0, tiles_in(low, sure_low, sure_high, high, SURE, KEYS)):
+            key = tile_at(n, low, sure_low, sure_high, SURE, KEYS) + tl.arange(0, KEYS)
+            k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+            s, _ = _scores(
+                q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
+                queries, keys, scale, cap, MASK, CAPPED, SURE, False,
+            )  # fmt: skip
+            highest, total, moment = statistics_step(s, highest, total, moment, SURE)
 
     at = tl.program_id(1).to(tl.int64) * queries + row
     row_lse, row_entropy = statistics_end(highest, total, moment)
@@ -106,7 +132,7 @@ def query_gradient_kernel(
     q, k, first, past, mask, lse, entropy, d_lse, d_entropy, dq,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, span_batch,
     mask_batch, mask_head, mask_row, mask_key,
-    heads, repeats, queries, keys, head_dim, scale, cap,
+    heads, repeats, queries, keys, head_dim: tl.constexpr, scale, cap,
     DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
@@ -122,16 +148,17 @@ def query_gradient_kernel(
     row_d_entropy = tl.load(d_entropy + at, mask=inside, other=0.0)
 
     gathered = tl.zeros((ROWS, DIM), tl.float32)
-    low = tl.min(tl.where(end > begin, begin, keys)) // KEYS * KEYS
-    for start in range(low, tl.max(end), KEYS):
-        key = start + tl.arange(0, KEYS)
-        k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
-        s, x = _scores(
-            q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
-            queries, keys, scale, cap, MASK, CAPPED,
-        )  # fmt: skip
-        ds = _score_gradients(s, x, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED)
-        gathered += product(ds.to(k_tile.dtype), k_tile)
+    low, sure_low, sure_high, high = key_stretches(begin, end, inside, 0, KEYS, MASK)
+    for SURE in tl.static_range(2):
+        for n in range(0, tiles_in(low, sure_low, sure_high, high, SURE, KEYS)):
+            key = tile_at(n, low, sure_low, sure_high, SURE, KEYS) + tl.arange(0, KEYS)
+            k_tile = tile(k_base, key, keys, head_dim, k_row, k_dim, DIM)
+            s, x = _scores(
+                q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
+                queries, keys, scale, cap, MASK, CAPPED, SURE, False,
+            )  # fmt: skip
+            ds = _score_gradients(s, x, row_lse, row_entropy, row_d_lse, row_d_entropy, scale, cap, CAPPED, SURE, False)
+            gathered += product(ds.to(k_tile.dtype), k_tile)
 
     store_tile(dq, gathered, at, inside, head_dim, DIM)
 
@@ -141,7 +168,7 @@ def key_gradient_kernel(
     q, k, first, past, mask, lse, entropy, d_lse, d_entropy, dk,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, span_batch,
     mask_batch, mask_head, mask_row, mask_key,
-    heads, repeats, queries, keys, head_dim, scale, cap,
+    heads, repeats, queries, keys, head_dim: tl.constexpr, scale, cap,
     DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     groups = heads // repeats
@@ -152,17 +179,20 @@ def key_gradient_kernel(
     k_tile = tile(k + batch * k_batch + group * k_head, key, keys, head_dim, k_row, k_dim, DIM)
 
     gathered = tl.zeros((KEYS, DIM), tl.float32)
-    for begin_row in range(0, queries, ROWS):
-        row, inside, begin, end = rows_from(begin_row, first, past, batch * span_batch, queries, ROWS)
-        # Most blocks of queries are too early, or too far behind, to see these keys.
-        if (tl.max(end) > start) & (tl.min(tl.where(end > begin, begin, keys)) < start + KEYS):
-            for head in range(group * repeats, (group + 1) * repeats):
+    low, sure_low, sure_high, high = row_stretches(
+        first + batch * span_batch, past + batch * span_batch, start, queries, keys, False, ROWS, KEYS, MASK
+    )
+    for head in range(group * repeats, (group + 1) * repeats):
+        mask_base = mask + batch * mask_batch + head * mask_head
+        for SURE in tl.static_range(2):
+            for n in range(0, tiles_in(low, sure_low, sure_high, high, SURE, ROWS)):
+                begin_row = tile_at(n, low, sure_low, sure_high, SURE, ROWS)
+                row, inside, begin, end = rows_from(begin_row, first, past, batch * span_batch, queries, ROWS)
                 q_tile = tile(q + batch * q_batch + head * q_head, row, queries, head_dim, q_row, q_dim, DIM)
-                mask_base = mask + batch * mask_batch + head * mask_head
                 at = (batch * heads + head) * queries + row
                 s, x = _scores(
                     q_tile, k_tile, row, key, begin, end, mask_base, mask_row, mask_key,
-                    queries, keys, scale, cap, MASK, CAPPED,
+                    queries, keys, scale, cap, MASK, CAPPED, SURE, True,
                 )  # fmt: skip
                 ds = _score_gradients(
                     s,
@@ -174,8 +204,10 @@ def key_gradient_kernel(
                     scale,
                     cap,
                     CAPPED,
+                    SURE,
+                    True,
                 )
-                gathered += product(tl.trans(ds).to(q_tile.dtype), q_tile)
+                gathered += product(ds.to(q_tile.dtype), q_tile)
 
     at = tl.program_id(1).to(tl.int64) * keys + key
     store_tile(dk, gathered, at, key < keys, head_dim, DIM)

@@ -16,14 +16,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ropemods.attention.triton import row_kernels, tiles
-from ropemods.attention.triton.launch import Blocks, check, padded
+from ropemods.attention.triton.blocks import Blocks, blocks_of, padded
+from ropemods.attention.triton.launch import check
 from ropemods.attention.triton.spans import Spans
-
-
-def default_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
-    """Such that a tile of queries and two of keys fit the shared memory of any GPU of compute capability 8.0 on."""
-    wide = padded(head_dim) * dtype.itemsize > 256
-    return Blocks(32, 32) if wide else Blocks(64, 64)
 
 
 def row_stats(
@@ -42,11 +37,15 @@ def row_stats(
     sees nothing has lse −inf and H 0.
     """
     check("row statistics", q_BHTD, k_BGSD, k_BGSD, spans, mask)
-    batch, heads, queries, head_dim = q_BHTD.shape
+    batch, heads, queries, _ = q_BHTD.shape
     if mask is not None:
         mask = mask.expand(batch, heads, queries, k_BGSD.shape[2])
-    rows, keys = default_blocks(head_dim, q_BHTD.dtype) if blocks is None else blocks
+    rows, keys = (0, 0) if blocks is None else blocks[:2]
     return _row_stats(q_BHTD, k_BGSD, *spans, mask, scale, softcap or 0.0, rows, keys)
+
+
+def _size(kernel: str, q: Tensor, rows: int, keys: int) -> Blocks:
+    return Blocks(rows, keys) if rows else blocks_of(kernel, q.shape[3], q.dtype, q.device)
 
 
 def _launch(
@@ -60,8 +59,7 @@ def _launch(
     mask: Tensor | None,
     scale: float,
     softcap: float,
-    rows: int,
-    keys: int,
+    size: Blocks,
 ) -> None:
     kind = tiles.NO_MASK
     if mask is not None:
@@ -73,12 +71,12 @@ def _launch(
         *(read.stride() if mask is not None else (0, 0, 0, 0)),
         *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], q.shape[3], scale, softcap),
         DIM=padded(q.shape[3]),
-        ROWS=rows,
-        KEYS=keys,
+        ROWS=size.rows,
+        KEYS=size.keys,
         MASK=kind,
         CAPPED=softcap > 0,
-        num_warps=4,
-        num_stages=2,
+        num_warps=size.warps,
+        num_stages=size.stages,
     )
 
 
@@ -88,8 +86,9 @@ def _row_stats(
     scale: float, softcap: float, rows: int, keys: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse, entropy = _empty_stats(q, k, first, past, mask, scale, softcap, rows, keys)
-    grid = triton.cdiv(q.shape[2], rows), q.shape[0] * q.shape[1]
-    _launch(row_kernels.statistics_kernel, grid, (lse, entropy), q, k, first, past, mask, scale, softcap, rows, keys)
+    size = _size("statistics", q, rows, keys)
+    grid = triton.cdiv(q.shape[2], size.rows), q.shape[0] * q.shape[1]
+    _launch(row_kernels.statistics_kernel, grid, (lse, entropy), q, k, first, past, mask, scale, softcap, size)
     return lse, entropy
 
 
@@ -108,11 +107,13 @@ def _row_stats_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dq, dk = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
     given = lse, entropy, d_lse.contiguous(), d_entropy.contiguous()
-    rest = q, k, first, past, mask, scale, softcap, rows, keys
-    grid = triton.cdiv(q.shape[2], rows), q.shape[0] * q.shape[1]
-    _launch(row_kernels.query_gradient_kernel, grid, (*given, dq), *rest)
-    grid = triton.cdiv(k.shape[2], keys), k.shape[0] * k.shape[1]
-    _launch(row_kernels.key_gradient_kernel, grid, (*given, dk), *rest)
+    rest = q, k, first, past, mask, scale, softcap
+    size = _size("statistics_query_gradient", q, rows, keys)
+    grid = triton.cdiv(q.shape[2], size.rows), q.shape[0] * q.shape[1]
+    _launch(row_kernels.query_gradient_kernel, grid, (*given, dq), *rest, size)
+    size = _size("statistics_key_gradient", q, rows, keys)
+    grid = triton.cdiv(k.shape[2], size.keys), k.shape[0] * k.shape[1]
+    _launch(row_kernels.key_gradient_kernel, grid, (*given, dk), *rest, size)
     return dq, dk
 
 

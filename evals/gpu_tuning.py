@@ -1,0 +1,156 @@
+"""Which block sizes are fastest on this card, for every kernel, head dim and dtype: `attention/triton/blocks.json`.
+
+Candidates are compiled by many processes at once, which fills Triton's cache, and then timed one after the other by one
+process. A candidate that does not fit the card is left out. What is timed is the whole call that the kernel is part of,
+with the other kernels as they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from ropemods.atomic import write_text
+from ropemods.attention.rows import Rows
+from ropemods.attention.triton import blocks
+from ropemods.attention.triton.blocks import Blocks
+from ropemods.bench.subjects import SUBJECTS, Problem, Shape
+
+FORWARD = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 3), (128, 32, 4, 4))
+CANDIDATES = {
+    "attend": FORWARD,
+    "attend_entropy": FORWARD,
+    "attend_kept": FORWARD,
+    "statistics": FORWARD,
+    "query_gradients": (
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (64, 64, 4, 2),
+        (128, 32, 4, 3),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+    ),
+    "key_gradients": (
+        (64, 128, 8, 2),
+        (64, 128, 4, 2),
+        (64, 64, 4, 2),
+        (32, 128, 4, 3),
+        (64, 64, 4, 3),
+        (32, 64, 4, 2),
+    ),
+    "decode": ((16, 64, 4, 2), (16, 128, 4, 2), (16, 64, 2, 3), (16, 128, 8, 3)),
+}
+CANDIDATES["statistics_query_gradient"] = CANDIDATES["query_gradients"]
+CANDIDATES["statistics_key_gradient"] = CANDIDATES["key_gradients"]
+"""Sizes worth trying: rows, keys, warps, stages. Tensor cores take 64 lines at a time or 128."""
+
+
+def candidates(kernel: str) -> list[Blocks]:
+    return [Blocks(*sizes) for sizes in CANDIDATES[kernel]]
+
+
+def call(kernel: str, head_dim: int, dtype: str, length: int, heads: int) -> Callable[[], None]:
+    """A call in which the kernel takes most of the time."""
+    decode = kernel == "decode"
+    training = "gradient" in kernel or kernel == "attend_kept"
+    shape = Shape(length=length, head_dim=head_dim, heads=heads, group_ratio=4 if decode else 1, dtype=dtype)
+    problem = Problem(shape, "decode" if decode else "training" if training else "forward", "cuda")
+    if kernel.startswith("statistics"):
+        from ropemods.attention.triton.entropy import entropy
+
+        rows = Rows(problem.q, problem.k, problem.v, mask=None, causal=True, scale=problem.scale)
+
+        def read() -> None:
+            with torch.set_grad_enabled(training):
+                found = entropy(rows)
+            if training:
+                torch.autograd.grad(found.sum(), (problem.q, problem.k))
+
+        return read
+    plain = kernel == "attend"
+    subject = next(s for s in SUBJECTS if s.name == ("sink" if plain else "temperature"))
+    return problem.modified(subject, "triton")
+
+
+def use(kernel: str, head_dim: int, dtype: str, size: Blocks | None) -> None:
+    """Make the kernel run with this size, or with its default."""
+    rows = blocks.table().setdefault(blocks.capability(torch.device("cuda", 0)), {})
+    key = blocks.name(kernel, head_dim, getattr(torch, dtype))
+    if size is None:
+        rows.pop(key, None)
+    else:
+        rows[key] = size
+
+
+def compiled(job: tuple[str, int, str, Blocks]) -> str | None:
+    """Run once, small, so that the compiled kernel is in Triton's cache; why it cannot run, if so."""
+    kernel, head_dim, dtype, size = job
+    use(kernel, head_dim, dtype, size)
+    try:
+        call(kernel, head_dim, dtype, 512, 4)()
+        torch.cuda.synchronize()
+    except Exception as failed:
+        return f"{type(failed).__name__}: {str(failed)[:200]}"
+    return None
+
+
+def milliseconds(run: Callable[[], None], *, times: int = 7) -> float:
+    """Median time on the device."""
+    run()
+    taken = []
+    for _ in range(times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return statistics.median(taken)
+
+
+def warm(jobs: Iterable[tuple[str, int, str, Blocks]], workers: int) -> dict[tuple[str, int, str, Blocks], str | None]:
+    """Compile every candidate, by several processes."""
+    listed = list(jobs)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(listed, pool.map(compiled, listed), strict=True))
+
+
+def tune(
+    *, kernels: Iterable[str], head_dims: Iterable[int], dtype: str, length: int, heads: int, workers: int,
+    deadline: float, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The fastest size of each, put in force and written to the table that ships; every time that was taken."""
+    jobs = [
+        (kernel, dim, dtype, size)
+        for kernel, dim in itertools.product(kernels, head_dims)
+        for size in candidates(kernel)
+    ]
+    failures = warm(jobs, workers)
+    say(f"tuning: {len(jobs)} candidates compiled, {sum(f is not None for f in failures.values())} do not fit")
+    found: dict[str, Any] = {}
+    for (kernel, dim), group in itertools.groupby(jobs, key=lambda job: job[:2]):
+        if time.monotonic() > deadline:
+            say("tuning: out of time")
+            break
+        run = call(kernel, dim, dtype, length * (4 if kernel == "decode" else 1), heads)
+        use(kernel, dim, dtype, None)
+        times = {"default": milliseconds(run)}
+        for job in group:
+            if failures[job] is None:
+                use(*job)
+                times["x".join(map(str, job[3]))] = milliseconds(run)
+        best = min(times, key=lambda each: times[each])
+        use(kernel, dim, dtype, None if best == "default" else Blocks(*map(int, best.split("x"))))
+        name = blocks.name(kernel, dim, getattr(torch, dtype))
+        found[name] = {"best": best, "ms": times, "failed": sorted({f for f in failures.values() if f is not None})[:3]}
+        say(f"tuning {name}: {best}, {times[best]:.3f} ms against {times['default']:.3f}")
+    write_text(blocks.MEASURED, json.dumps(blocks.table(), indent=1, sort_keys=True) + "\n")
+    return found
