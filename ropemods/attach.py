@@ -26,6 +26,7 @@ from ropemods.attention.paths import chosen
 from ropemods.hooks import (
     adapters,
     embedding,
+    gguf,
     inputs,
     interface,
     origin,
@@ -105,6 +106,9 @@ def apply(
         )
     if not mods:
         raise ValueError("no modification was given, so nothing would change; pass for example TruncatedRoPE(0.75)")
+    said = gguf.settle(inner)
+    if said is not None:
+        warnings.warn(said, stacklevel=2)
     _forget_compiled()
     ids_BT = None if calibration is None else starting_values.checked(inner, mods, calibration)
     try:

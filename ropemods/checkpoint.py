@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import attach, finish, put_on, refresh
-from ropemods.hooks import adapters, folding, native, record, unchanged
+from ropemods.hooks import adapters, folding, gguf, native, record, unchanged
 from ropemods.hooks.partition import gathered
 from ropemods.hooks.sites import base_model, uncompiled
 from ropemods.mods.base import Stage
@@ -41,6 +41,7 @@ def from_pretrained(
     is_trainable: bool = False,
     config: PreTrainedConfig | None = None,
     output_loading_info: bool = False,
+    gguf_file: str | None = None,
     **hf_kwargs: Any,
 ) -> nn.Module | tuple[nn.Module, dict[str, Any]]:
     """Load what `save_pretrained` wrote of a modified model: a full checkpoint, or a PEFT adapter directory.
@@ -48,6 +49,9 @@ def from_pretrained(
     `hf_kwargs` go to transformers' own `from_pretrained`, and `config` and `output_loading_info` are as there. For an
     adapter, `base_model_name_or_path` overrides the base that it names, `config` is the base's, and `is_trainable`
     leaves it ready to train on.
+
+    With `gguf_file`, `path` is where that GGUF file is (for an adapter, where its base's is). It holds a stock model,
+    which comes back unpacked and without a quantisation entry in its config: ready for `apply`, training and saving.
     """
     folder = Path(path, hf_kwargs.get("subfolder", ""))
     if adapters.is_adapter(folder):
@@ -58,7 +62,9 @@ def from_pretrained(
             )
         hf_kwargs.pop("subfolder", None)  # the rest is for the base
         of_base = hf_kwargs if config is None else {**hf_kwargs, "config": config}
-        return _adapter(folder, base_model_name_or_path, is_trainable, of_base)
+        return _adapter(folder, base_model_name_or_path, is_trainable, gguf_file, of_base)
+    if gguf_file is not None:
+        return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
     given = config
     config, found = record.load_config(path, **_hub(hf_kwargs))
     if found is None:
@@ -91,6 +97,10 @@ def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of transformers' keyword arguments that say where and how to find a file."""
     known = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     return {name: hf_kwargs[name] for name in known if name in hf_kwargs}
+
+
+def _beyond_hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hf_kwargs.items() if name not in _hub(hf_kwargs)}
 
 
 def _load(
@@ -154,6 +164,7 @@ def _adapter(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | None,
     is_trainable: bool,
+    gguf_file: str | None,
     hf_kwargs: dict[str, Any],
 ) -> nn.Module:
     adapter_config, described = adapters.read(path)
@@ -166,7 +177,7 @@ def _adapter(
     base = base or adapter_config.base_model_name_or_path
     if base is None:
         raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
-    model = _base(base, hf_kwargs)
+    model = _base(base, gguf_file, hf_kwargs)
     wanted = record.parse(described, path)
     attached = getattr(model, "ropemods_attached", None)
     if attached is None:
@@ -187,7 +198,9 @@ def _adapter(
     return wrapped
 
 
-def _base(path: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+    if gguf_file is not None:
+        return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
     _, found = record.load_config(path, **_hub(hf_kwargs))
     if found is not None:
         return from_pretrained(path, **hf_kwargs)  # type: ignore[return-value]

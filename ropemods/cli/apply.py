@@ -23,6 +23,7 @@ class Options:
     """
 
     model: str = option(REQUIRED, "folder of a stock model, or its name on the hub", positional=True)
+    gguf_file: str | None = option(None, "the GGUF file in MODEL to read", metavar="FILE", unset="none")
     output: str = option(REQUIRED, "folder to write; made if it is not there", positional=True)
     mods: tuple[Any, ...] = option(REQUIRED, "modifications, in order; listed below", metavar="MOD", parse=mod_record)
     strength: float = option(1.0, "of all modifications, from 0 (the stock model) to 1 (in full)")
@@ -62,11 +63,12 @@ def run(options: Options) -> None:
         model = stock_model(
             options.model,
             mods,
+            gguf_file=options.gguf_file,
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
         )
-        tokenizer = tokenizer_of(options.model, trust_remote_code=options.trust_remote_code)
+        tokenizer = tokenizer_of(options.model, options.gguf_file, trust_remote_code=options.trust_remote_code)
         calibration = None
         if options.calibration_text is not None:
             if tokenizer is None:
@@ -80,6 +82,9 @@ def run(options: Options) -> None:
             tokenizer.save_pretrained(folder)
         summary = ropemods.summary(model)
     print(summary)
+    if options.gguf_file is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(f"note: the weights of {options.gguf_file} were unpacked to {dtype}, and are written as safetensors")
     for remark in _remarks(mods, model, tokenizer, calibrated=calibration is not None):
         print(f"note: {remark}")
     print(f"\nwrote {options.output}{', with its tokenizer' if tokenizer else ''}. It loads with\n")

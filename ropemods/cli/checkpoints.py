@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import ropemods
 from ropemods.attach import attach
-from ropemods.hooks import adapters, record
+from ropemods.hooks import adapters, gguf, record
 from ropemods.mods import Mod
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -36,22 +36,28 @@ def quieten() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda entry: entry.levelno >= logging.ERROR)
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, gguf_file: str | None = None) -> None:
     """An error for what is meant as a path and is no checkpoint; transformers would ask the hub for it."""
     path = Path(name).expanduser()
     if path.is_file():
-        raise ValueError(f"{name} is a file; give the folder of the checkpoint")
+        also = f" and --gguf_file {path.name}" if path.suffix == ".gguf" else ""
+        raise ValueError(f"{name} is a file; give the folder of the checkpoint{also}")
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(f"{name} is not a checkpoint: it holds neither config.json nor adapter_config.json")
+        known = any((path / file).is_file() for file in ("config.json", "adapter_config.json"))
+        if not known and gguf_file is None:
+            raise ValueError(
+                gguf.hint(path) or f"{name} is not a checkpoint: it holds neither config.json nor adapter_config.json"
+            )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: there is no such folder")
 
 
-def load_config(name: str, *, trust_remote_code: bool) -> tuple[PreTrainedConfig, record.Record | None]:
+def load_config(
+    name: str, gguf_file: str | None = None, *, trust_remote_code: bool
+) -> tuple[PreTrainedConfig, record.Record | None]:
     """The stock config, and the record of the modifications if there is one."""
     try:
-        return record.load_config(name, trust_remote_code=trust_remote_code)
+        return record.load_config(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     except OSError as error:
         if Path(name).is_dir() or "connect" not in str(error):
             raise
@@ -61,18 +67,26 @@ def load_config(name: str, *, trust_remote_code: bool) -> tuple[PreTrainedConfig
 
 
 def stock_model(
-    name: str, mods: list[Mod], *, dtype: str, attn_implementation: str | None, trust_remote_code: bool
+    name: str,
+    mods: list[Mod],
+    *,
+    gguf_file: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """A model to put `mods` on: stock, complete, with every parameter from the checkpoint."""
-    check_name(name)
+    check_name(name, gguf_file)
     if adapters.is_adapter(name):
         raise ValueError(f"{name} is an adapter; merge it into its base and save that, then modify the result")
-    config, found = load_config(name, trust_remote_code=trust_remote_code)
+    config, found = load_config(name, gguf_file, trust_remote_code=trust_remote_code)
     if found is not None:
         kinds = ", ".join(mod.kind for mod in found.mods)
         raise ValueError(f"{name} is already modified ({kinds}); start from the stock model, with all you want")
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     _check_fit(config, mods, trust_remote_code, chosen)
+    if gguf_file is not None:
+        return gguf.load(name, gguf_file, {"trust_remote_code": trust_remote_code}, dtype=dtype, **chosen).eval()
     with readable(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **chosen
@@ -125,8 +139,12 @@ def readable(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: a weights file is damaged ({error}); fetch or save it again") from error
 
 
-def tokenizer_of(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None where there is none."""
+def tokenizer_of(name: str, gguf_file: str | None = None, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, or in its GGUF file; None where there is none."""
+    if gguf_file is not None:
+        found = gguf.load_tokenizer(name, gguf_file, trust_remote_code=trust_remote_code)
+        if found is not None:
+            return found
     found = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES]
     if not any(found):
         return None

@@ -24,6 +24,9 @@ class Subject:
     model: str = option(
         REQUIRED, "folder of a model, stock, modified or adapter, or a name on the hub", positional=True
     )
+    gguf_file: str | None = option(
+        None, "the GGUF file in MODEL to read (for an adapter, in its base)", metavar="FILE", unset="none"
+    )
     text: str = option(
         REQUIRED, "a .txt, .jsonl or .parquet file (also .xz, .gz), or a dataset as name:config:split", metavar="FILE"
     )
@@ -70,7 +73,6 @@ def launched() -> Iterator[int]:
 def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model on its device, and the tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     import ropemods
     from ropemods.cli.checkpoints import check_name, load_config, readable, tokenizer_of
@@ -79,36 +81,45 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 
     if options.device_map is not None:
         need("accelerate", "--device_map")
-    check_name(options.model)
+    check_name(options.model, options.gguf_file)
     trust = options.trust_remote_code
     chosen: dict[str, Any] = {"dtype": options.load_dtype, "trust_remote_code": trust}
     for name in ("attn_implementation", "device_map"):
         if (value := getattr(options, name)) is not None:
             chosen[name] = value
-    base = options.model
+    file, base = options.gguf_file, options.model
     with readable(options.model):
         if adapters.is_adapter(options.model):
             config, record = adapters.read(options.model)
             base = config.base_model_name_or_path or ""
             if record is not None:
-                model = ropemods.from_pretrained(options.model, **chosen)
+                model = ropemods.from_pretrained(options.model, gguf_file=file, **chosen)
             else:
                 from peft import PeftModel
 
-                stock = AutoModelForCausalLM.from_pretrained(base, **chosen)
-                model = PeftModel.from_pretrained(stock, options.model)
-        elif load_config(options.model, trust_remote_code=trust)[1] is not None:
+                model = PeftModel.from_pretrained(_stock(base, file, chosen), options.model)
+        elif file is None and load_config(options.model, trust_remote_code=trust)[1] is not None:
             model = ropemods.from_pretrained(options.model, **chosen)
         else:
-            model = AutoModelForCausalLM.from_pretrained(options.model, **chosen)
+            model = _stock(options.model, file, chosen)
     if options.device_map is None:
         model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     places = [options.tokenizer] if options.tokenizer is not None else [options.model, base]
-    found = (tokenizer_of(place, trust_remote_code=trust) for place in places)
+    found = (tokenizer_of(place, file if place == base else None, trust_remote_code=trust) for place in places)
     tokenizer = next((each for each in found if each is not None), None)
     if tokenizer is None:
         raise ValueError(f"there is no tokenizer beside {places[0]}; name one with --tokenizer")
     return model.eval(), tokenizer
+
+
+def _stock(name: str, gguf_file: str | None, chosen: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    import ropemods
+
+    if gguf_file is not None:
+        return ropemods.from_pretrained(name, gguf_file=gguf_file, **chosen)
+    return AutoModelForCausalLM.from_pretrained(name, **chosen)
 
 
 def read(options: Subject, length: int, seed: int) -> Documents:

@@ -24,6 +24,9 @@ class Options:
     flags: tuple[str, ...] = option(
         (), "behind --: flags for the recipe, such as --learning_rate 1e-5", positional=True
     )
+    gguf_file: str | None = option(
+        None, "the GGUF file to read in the recipe's model_name_or_path", metavar="FILE", unset="the recipe's, if any"
+    )
     launcher: Literal["python", "torchrun", "accelerate", "deepspeed"] = option("python", "what starts the processes")
     num_processes: int | None = option(None, "how many, on all machines together", unset="what the launcher takes")
     launcher_config: str | None = option(None, "config file of accelerate", metavar="FILE", unset="accelerate's own")
@@ -42,7 +45,7 @@ def run(options: Options) -> None:
         launcher_config=options.launcher_config,
         hostfile=options.hostfile,
         port=options.port,
-        more=options.flags,
+        more=[*([] if options.gguf_file is None else ["--gguf_file", options.gguf_file]), *options.flags],
     )
     print(shlex.join(words), flush=True)
     if options.print_only:

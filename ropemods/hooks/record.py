@@ -25,6 +25,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ropemods.hooks import gguf
 from ropemods.hooks.native import gives, native_parameters, per_table
 from ropemods.hooks.rotary import edits_inside, sentinel, tables, without_sentinel
 from ropemods.mods import Mod, mod_from_json
@@ -110,11 +111,15 @@ def check_strength(alpha: Any, kind: str | None = None) -> None:
         raise ValueError(f"strength{of} must be a number from 0 (stock) to 1 (the full modification), not {alpha!r}")
 
 
-def load_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[PreTrainedConfig, Record | None]:
-    """The stock config of a checkpoint, and the record of its modifications if it has one.
+def load_config(
+    path: str | os.PathLike[str], *, gguf_file: str | None = None, **hub_kwargs: Any
+) -> tuple[PreTrainedConfig, Record | None]:
+    """The stock config of a checkpoint, and the record of its modifications if it has one. A GGUF file has none.
 
     The stock rope parameters are put back before the config is made: some architectures accept only their own types.
     """
+    if gguf_file is not None:
+        return gguf.load_config(path, gguf_file, **hub_kwargs), None
     raw, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
     if "ropemods" not in raw:
         return AutoConfig.from_pretrained(path, **hub_kwargs), None

@@ -55,7 +55,12 @@ def card(session: Session, result: ArmResult, table: str) -> str:
         "## Load it",
         "",
         "```python",
-        reload_lines(session.folder / result.model, mods=arm.mods and bool(recipe.mods), lora=lora),
+        reload_lines(
+            session.folder / result.model,
+            mods=arm.mods and bool(recipe.mods),
+            lora=lora,
+            gguf_file=options.gguf_file,
+        ),
         "```",
         "",
         "## Modifications",

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import ropemods
 from ropemods.attach import attach
-from ropemods.hooks import adapters, rotary
+from ropemods.hooks import adapters, gguf, rotary
 from ropemods.training.recipe import Recipe
 
 
@@ -35,16 +35,18 @@ class Base:
 def find(recipe: Recipe) -> Base:
     """The base's config and tokenizer, and which token is BOS; the weights stay where they are."""
     options = recipe.options
-    config = AutoConfig.from_pretrained(options.model_name_or_path, revision=options.revision or "main")
+    hub = {"revision": options.revision or "main"}
+    if options.gguf_file is not None:
+        config = gguf.load_config(options.model_name_or_path, options.gguf_file, **hub)
+    else:
+        config = AutoConfig.from_pretrained(options.model_name_or_path, **hub)
     if getattr(config, "ropemods", None) is not None:
         raise ValueError(
             f"{options.model_name_or_path} is already modified; a recipe starts from the stock model, so that the arms "
             "without modifications mean something"
         )
     check_mods(recipe, config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.tokenizer_name_or_path or options.model_name_or_path, revision=options.revision or "main"
-    )
+    tokenizer = _tokenizer(recipe, hub)
     candidates = {
         "the recipe": options.bos_token_id,
         "the tokenizer": tokenizer.bos_token_id,
@@ -65,6 +67,15 @@ def find(recipe: Recipe) -> Base:
             "modifications would look for another BOS; save a copy of the base with bos_token_id set in its config"
         )
     return Base(config, tokenizer, bos, place)
+
+
+def _tokenizer(recipe: Recipe, hub: dict[str, Any]) -> Any:
+    options = recipe.options
+    if options.tokenizer_name_or_path is None and options.gguf_file is not None:
+        found = gguf.load_tokenizer(options.model_name_or_path, options.gguf_file, **hub)
+        if found is not None:
+            return found
+    return AutoTokenizer.from_pretrained(options.tokenizer_name_or_path or options.model_name_or_path, **hub)
 
 
 def check_mods(recipe: Recipe, config: PreTrainedConfig) -> None:
@@ -88,12 +99,12 @@ def load(recipe: Recipe, base: Base) -> nn.Module:
     """The stock model, whole in this process."""
     options = recipe.options
     _forget_deepspeed()
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model_name_or_path,
-        revision=options.revision or "main",
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-    )
+    hub = {"revision": options.revision or "main"}
+    chosen = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
+    if options.gguf_file is not None:
+        model = gguf.load(options.model_name_or_path, options.gguf_file, hub, **chosen)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, **hub, **chosen)
     model.config.get_text_config(decoder=True).bos_token_id = base.bos
     return model
 
@@ -125,7 +136,10 @@ def reload(recipe: Recipe, base: Base, folder: Path, *, mods: bool, dtype: torch
     _forget_deepspeed()
     options = recipe.options
     if mods:
-        return ropemods.from_pretrained(folder, dtype=dtype, attn_implementation=options.attn_implementation)
+        beneath = options.gguf_file if adapters.is_adapter(folder) else None
+        return ropemods.from_pretrained(
+            folder, gguf_file=beneath, dtype=dtype, attn_implementation=options.attn_implementation
+        )
     if adapters.is_adapter(folder):
         from peft import PeftModel
 
@@ -133,19 +147,20 @@ def reload(recipe: Recipe, base: Base, folder: Path, *, mods: bool, dtype: torch
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=options.attn_implementation)
 
 
-def reload_lines(folder: Path, *, mods: bool, lora: bool) -> str:
-    """The Python that a user needs to load it, for the model card."""
+def reload_lines(folder: Path, *, mods: bool, lora: bool, gguf_file: str | None = None) -> str:
+    """The Python that a user needs to load it, for the model card; an adapter needs its base's `gguf_file` again."""
+    given = f'"{folder}"' if gguf_file is None or not lora else f'"{folder}", gguf_file="{gguf_file}"'
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
     if mods:
         return (
             "import ropemods as rm\nfrom transformers import AutoTokenizer\n\n"
-            f'model = rm.from_pretrained("{folder}")\n{tokenizer}'
+            f"model = rm.from_pretrained({given})\n{tokenizer}"
         )
     cls = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
     package = "peft" if lora else "transformers"
     return (
         f"from {package} import {cls}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {cls}.from_pretrained("{folder}")\n{tokenizer}'
+        f"model = {cls}.from_pretrained({given})\n{tokenizer}"
     )
 
 

@@ -37,6 +37,7 @@ class Options:
     """The keys that are a recipe's own."""
 
     model_name_or_path: str = option(REQUIRED, "the base model: a folder, or a name on the hub")
+    gguf_file: str | None = option(None, "the GGUF file in model_name_or_path to read", unset="none")
     output_dir: str = option(REQUIRED, "where rows, checkpoints, reports and tables go")
     tokenizer_name_or_path: str | None = option(None, "where the tokenizer is", unset="with the model")
     revision: str | None = option(None, "the model's revision on the hub")

