@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
+from ropemods.atomic import read_text
+
 
 def read(path: str | Path) -> dict[Any, Any]:
     """The mapping in a file; an empty file is an empty one."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    values = _load(path.read_text(encoding="utf-8"), str(path))
+    values = _load(read_text(path), str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -37,6 +39,10 @@ def _load(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"{source}{line}: {error.problem or error.context}") from None
+    except RecursionError:
+        raise ValueError(
+            f"{source}: lists or mappings are nested too deeply to be read; options take two levels"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: {error}") from None
 

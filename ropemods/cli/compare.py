@@ -27,7 +27,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    check_writable(options.output, options.html)
+    check_writable(options.output, options.html, read=(options.before, options.after))
 
     from ropemods.comparison import compare
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ropemods import atomic
 from ropemods.options import REQUIRED, option
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ def launched() -> Iterator[int]:
 def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model on its device, and the tokenizer."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     import ropemods
@@ -91,6 +91,8 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
             if record is not None:
                 model = ropemods.from_pretrained(options.model, **chosen)
             else:
+                from peft import PeftModel
+
                 stock = AutoModelForCausalLM.from_pretrained(base, **chosen)
                 model = PeftModel.from_pretrained(stock, options.model)
         elif load_config(options.model, trust_remote_code=trust)[1] is not None:
@@ -116,8 +118,14 @@ def read(options: Subject, length: int, seed: int) -> Documents:
     return joined(documents, characters=EXCERPT * length, seed=seed) if options.join else documents
 
 
-def check_writable(*paths: str | None) -> None:
-    """An error now for what would be one after minutes of work."""
+def check_writable(*paths: str | None, read: Iterable[str] = ()) -> None:
+    """An error now for what would be one after minutes of work. `read` are files that must not be written over."""
+    taken = {os.path.realpath(path): path for path in read if os.path.isfile(path)}
     for path in paths:
-        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise FileNotFoundError(f"cannot write {path}: its folder does not exist. Create it first.")
+        if path is None:
+            continue
+        where = os.path.realpath(atomic.check_writable(path))
+        if where in taken:
+            raise ValueError(f"{path} would be written over {taken[where]}; name another file")
+        if os.path.isfile(where) or not os.path.exists(where):
+            taken[where] = path

@@ -26,7 +26,7 @@ class Options(Subject):
 
 
 def run(options: Options) -> None:
-    check_writable(options.output)
+    check_writable(options.output, read=[options.text])
 
     from ropemods.cli.checkpoints import quieten
     from ropemods.leakage.suggest import suggest
