@@ -14,6 +14,9 @@ import yaml
 
 from ropemods.atomic import read_text
 
+DEEPEST = 20
+"""Levels of lists and mappings; no option takes more than three."""
+
 
 def read(path: str | Path) -> dict[Any, Any]:
     """The mapping in a file; an empty file is an empty one."""
@@ -39,16 +42,24 @@ def _load(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"{source}{line}: {error.problem or error.context}") from None
-    except RecursionError:
-        raise ValueError(
-            f"{source}: lists or mappings are nested too deeply to be read; options take two levels"
-        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader, so it builds plain values and nothing else; only stricter."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "lists or mappings are nested too deeply", mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -56,7 +56,7 @@ def test_a_list_of_numbers_may_have_commas(words: list[str]) -> None:
 
 def test_yaml_that_is_nested_too_deeply_is_an_error_with_its_file(tmp_path: Path) -> None:
     for text in ("[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000):
-        with pytest.raises(ValueError, match=r"deep.yaml: lists or mappings are nested too deeply"):
+        with pytest.raises(ValueError, match=r"deep.yaml, line 1: lists or mappings are nested too deeply"):
             read(written(tmp_path / "deep.yaml", f"rate: {text}\n"))
 
 

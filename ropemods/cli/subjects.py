@@ -12,6 +12,7 @@ from ropemods import atomic
 from ropemods.options import REQUIRED, option
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -70,7 +71,6 @@ def launched() -> Iterator[int]:
 
 def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model on its device, and the tokenizer."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     import ropemods
@@ -78,6 +78,7 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from ropemods.hooks import adapters
 
     check_name(options.model)
+    device = _device(options.device)
     trust = options.trust_remote_code
     chosen: dict[str, Any] = {"dtype": options.load_dtype, "trust_remote_code": trust}
     for name in ("attn_implementation", "device_map"):
@@ -100,13 +101,29 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         else:
             model = AutoModelForCausalLM.from_pretrained(options.model, **chosen)
     if options.device_map is None:
-        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(device)
     places = [options.tokenizer] if options.tokenizer is not None else [options.model, base]
     found = (tokenizer_of(place, trust_remote_code=trust) for place in places)
     tokenizer = next((each for each in found if each is not None), None)
     if tokenizer is None:
         raise ValueError(f"there is no tokenizer beside {places[0]}; name one with --tokenizer")
     return model.eval(), tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the one that there is; checked before anything is loaded onto it."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({why}); give cpu, cuda or cuda:1") from None
+    if found.type == "meta":
+        raise ValueError("--device meta holds no numbers; give cpu, cuda or cuda:1")
+    return found
 
 
 def read(options: Subject, length: int, seed: int) -> Documents:

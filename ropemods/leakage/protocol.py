@@ -75,8 +75,7 @@ class Protocol:
         if self.sequences % self.groups:
             below = self.sequences // self.groups * self.groups
             counts = " or ".join(str(n) for n in (below, below + self.groups) if n)
-            fitting = [n for n in range(_LEAST["groups"], self.sequences + 1) if self.sequences % n == 0]
-            near = min(fitting, key=lambda n: abs(n - self.groups), default=None)
+            near = _most_groups(self.sequences)
             raise ValueError(
                 f"sequences={self.sequences} cannot be dealt evenly to groups={self.groups}: use {counts} sequences"
                 + (f", or groups={near}" if near else "")
@@ -111,6 +110,7 @@ class Protocol:
             _expect_type(name, value, typing.get_type_hints(Protocol)[name])
             if name in _LEAST:
                 _expect(value >= _LEAST[name], f"{name}={value}: at least {_LEAST[name]}")
+                _expect(value <= MOST, f"{name}={value}: at most {MOST}")
 
     def _fit_groups(self) -> int:
         found = _most_groups(self.sequences)
@@ -213,6 +213,8 @@ class Protocol:
         return {row for row in rows if row < self.length} | {self.length - 1}
 
 
+MOST = 10**7
+"""Of anything that is counted; no machine holds more."""
 MOST_GROUPS = 32
 """Groups where they are left out; more add nothing to the intervals that is worth their memory."""
 
