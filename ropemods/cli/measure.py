@@ -31,8 +31,8 @@ FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Subject):
-    """Measure how much a model's attention tells about absolute position: residual, mask and total leakage, sink,
-    entropy and frequency usage, with intervals. Prints a report, and writes it where asked, whole or not at all. With
+    """Measure how much a model's attention tells about absolute position. Prints a report of residual, mask and total
+    leakage, sink, entropy and frequency usage, with intervals, and writes it where asked, whole or not at all. With
     torchrun or accelerate launch it runs on several ranks (torchrun --nproc_per_node 8 -m ropemods.cli measure ...).
     """
 
@@ -48,7 +48,10 @@ class Options(Subject):
         None, "query rows read whole, for the mask term", unset="64, or all where there are fewer"
     )
     early: tuple[int, int] | None = option(
-        None, "the early queries, first and one past the last", unset="8 64, or what a short length has of it"
+        None,
+        "the early queries, first and one past the last",
+        metavar="FIRST STOP",
+        unset="8 64, or what a short length has of it",
     )
     seed: int = option(Protocol.seed, "of the crops and of the intervals")
     dtype: Literal["float32", "float64", "bfloat16", "float16", "model"] = option(
@@ -57,7 +60,7 @@ class Options(Subject):
     control_text: bool = option(False, "read random tokens with the text's frequencies instead of the text")
     batch_size: int = option(Protocol.batch_size, "crops in one forward pass; moves memory and speed, no number")
     replicates: int = option(Protocol.replicates, "draws of the bootstrap")
-    confidence: float = option(Protocol.confidence, "of the intervals")
+    confidence: float = option(Protocol.confidence, "coverage that the intervals aim at")
     skip_mask: bool = option(False, "do not measure the mask term")
     interventions: tuple[str, ...] | None = option(
         None,
@@ -65,7 +68,7 @@ class Options(Subject):
         metavar="NAME",
         unset="none",
     )
-    reference: int = option(32, "random tokens in the reference distribution of the swaps", metavar="TOKENS")
+    reference: int = option(32, "random tokens in the reference distribution of the swaps")
     controls: bool = option(False, "also run the measurements whose answer is known beforehand")
 
     def protocol(self) -> Protocol:
@@ -108,6 +111,6 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods measure meta-llama/Llama-3.2-1B --text books.jsonl --output before.json --html before.html
+        ropemods measure HuggingFaceTB/SmolLM2-135M --text books.jsonl --output before.json --html before.html
     """,
 )

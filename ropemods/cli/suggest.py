@@ -59,6 +59,6 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods suggest meta-llama/Llama-3.2-1B --text books.jsonl --length 8192
+        ropemods suggest HuggingFaceTB/SmolLM2-135M --text books.jsonl --length 8192
     """,
 )

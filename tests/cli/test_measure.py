@@ -187,8 +187,8 @@ def test_the_examples_in_the_help_texts_run(texts: Path) -> None:
     words = [f"w{n}" for n in range(3, zoo.VOCAB)]
     rows = (" ".join(draw.choices(words, k=2500)) for _ in range(120))
     (texts / "books.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    (texts / "meta-llama").mkdir()
-    os.rename("model", "meta-llama/Llama-3.2-1B")
+    (texts / "HuggingFaceTB").mkdir()
+    os.rename("model", "HuggingFaceTB/SmolLM2-135M")
     for name in ("measure", "suggest"):
         for line in textwrap.dedent(load(name).example).strip().splitlines():
             run(line.removeprefix("ropemods "))
