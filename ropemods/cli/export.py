@@ -52,6 +52,6 @@ COMMAND = Command(
     run=run,
     example="""
         ropemods apply HuggingFaceTB/SmolLM2-135M ./smollm2-p-rope --mods truncated_rope:keep=0.75
-        ropemods export ./smollm2-p-rope ./llama-stock
+        ropemods export ./smollm2-p-rope ./smollm2-stock
     """,
 )

@@ -93,7 +93,7 @@ def _listed(source: Any) -> list[str]:
             "texts in it, as documents['text']"
         )
     if isinstance(source, bytes | bytearray) or not isinstance(source, Iterable):
-        raise TypeError(f"documents are a list of strings, a file or a dataset; found {type(source).__name__}")
+        raise TypeError(f"give documents as a list of strings, a file or a dataset; found {type(source).__name__}")
     texts = list(source)
     for n, text in enumerate(texts):
         if not isinstance(text, str):

@@ -55,6 +55,7 @@ def test_all_fields_are_covered_by_the_two_tests_above():
     [
         ({"sequences": 400, "groups": 32}, "use 384 or 416 sequences, or groups=25"),
         ({"sequences": 4}, "use 8$"),
+        ({"replicates": 10**12}, "at most 10000000"),
         ({"sequences": 97}, "use 96 or 98$"),
         ({"length": 16}, "at least 18, or a smaller window"),
         ({"early": (4, 64)}, "window=8"),

@@ -30,7 +30,7 @@ def padded(ids: Tensor, padding: str) -> tuple[Tensor, dict[str, Tensor]]:
 def new_cache(kind: str, model: PreTrainedModel) -> Any:
     if kind == "static":
         return StaticCache(config=model.config, max_cache_len=16)
-    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
+    return DynamicCache(config=model.config)
 
 
 def feed(model: PreTrainedModel, ids: Tensor, more: dict[str, Tensor], cache: Any, start: int, stop: int) -> Tensor:
@@ -43,7 +43,7 @@ def pick(rows: Tensor, ids: Tensor, more: dict[str, Tensor]) -> tuple[Tensor, di
 
 
 @use(
-    cache=("dynamic", "plain", "static"),
+    cache=("dynamic", "static"),
     padding=("none", "left"),
     handling=("step", "chunks", "all at once", "reorder", "select", "repeat", "crop", "reset", "copy"),
 )

@@ -69,7 +69,6 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "tied again": lambda model: model.tie_weights() or model,
     "same implementation": lambda model: set_implementation(model, model.config._attn_implementation.split("+")[-1]),
     "eager": lambda model: set_implementation(model, "eager"),
-    "flex": lambda model: set_implementation(model, "flex_attention"),
     "implementation in config": set_in_config,
     "another embedding": another_embedding,
     "resized": resized,
@@ -79,7 +78,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@use(way=tuple(WAYS), strength=(0.0, 1.0))
+@use(every=False, way=tuple(WAYS), strength=(0.0, 1.0))
 @torch.no_grad()
 def test_a_model_that_something_was_done_to(subject: Subject, way: str, strength: float) -> Iterator[Tensor]:
     """At strength 0 it is stock done the same to; above it is what it was, as far as its weights are."""
@@ -95,7 +94,7 @@ def test_a_model_that_something_was_done_to(subject: Subject, way: str, strength
     yield WAYS[way](subject.stock())(input_ids=ids).logits if strength == 0.0 else said
 
 
-@use(dtype=("bfloat16", "float16", "float64"), how=("cast", "autocast"), strength=(0.0, 1.0))
+@use(every=False, dtype=("bfloat16", "float16", "float64"), how=("cast", "autocast"), strength=(0.0, 1.0))
 @torch.no_grad()
 def test_a_model_in_another_precision(subject: Subject, dtype: str, how: str, strength: float) -> Iterator[Tensor]:
     """It errs at most twice as much as stock does in it; the answer here is that excess."""

@@ -21,6 +21,7 @@ def placed(subject: Subject, model: Any, where: str) -> Any:
 
 
 @use(
+    every=False,
     where=("cpu", "disk", "dispatched"),
     order=("apply first", "place first"),
     then=("read", "generate", "copy", "strength"),
@@ -49,7 +50,7 @@ def test_a_model_whose_weights_are_elsewhere(subject: Subject, where: str, order
     yield at_hand(ids).logits
 
 
-@use(way=("device map", "low memory", "meta", "offload folder"), strength=(0.5, 1.0))
+@use(every=False, way=("device map", "low memory", "meta", "offload folder"), strength=(0.5, 1.0))
 @torch.no_grad()
 def test_a_model_that_is_loaded_in_pieces(subject: Subject, way: str, strength: float) -> Iterator[Tensor]:
     model, ids = subject.model(strength), subject.ids()

@@ -35,6 +35,7 @@ def positions_of(kind: str, lengths: tuple[int, ...]) -> Tensor | None:
 
 
 @use(
+    every=False,
     mask=("none", "ones", "numbered", "blocks", "additive"),
     positions=("none", "restart", "run", "jump"),
     bos=("each", "first"),
@@ -66,7 +67,12 @@ def draws(subject: Subject) -> bool:
     return getattr(subject.mod, "by", None) == "random_token"
 
 
-@use(side=("left", "right", "both"), mask=("given", "left out"), bos=("one", "two", "is padding", "late", "missing"))
+@use(
+    every=False,
+    side=("left", "right", "both"),
+    mask=("given", "left out"),
+    bos=("one", "two", "is padding", "late", "missing"),
+)
 def test_padded_rows_are_as_they_are_alone(subject: Subject, side: str, mask: str, bos: str) -> Iterator[Tensor]:
     """`late` is a BOS behind other tokens, `two` what a template and a tokenizer make together."""
     model = subject.model()

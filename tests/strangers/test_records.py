@@ -32,7 +32,7 @@ READ: dict[str, dict[str, Any]] = {
 }
 
 
-@use(saved=tuple(SAVED), read=tuple(READ), strength=(0.0, 0.6))
+@use(every=False, saved=tuple(SAVED), read=tuple(READ), strength=(0.0, 0.6))
 @torch.no_grad()
 def test_what_is_saved_is_what_is_read(subject: Subject, saved: str, read: str, strength: float) -> Iterator[Tensor]:
     model, ids = subject.model(strength), subject.ids()
@@ -49,7 +49,7 @@ def test_what_is_saved_is_what_is_read(subject: Subject, saved: str, read: str, 
     yield model(ids).logits
 
 
-@use(strength=(0.0, 0.4, 1.0), then=("as it is", "edited to 1", "edited to 0"))
+@use(every=False, strength=(0.0, 0.4, 1.0), then=("as it is", "edited to 1", "edited to 0"))
 @torch.no_grad()
 def test_stock_transformers_runs_the_same_model_or_none(subject: Subject, strength: float, then: str) -> Iterator[Any]:
     model, ids = subject.model(strength), subject.ids()
@@ -91,7 +91,7 @@ def edit(folder: Any, keys: tuple[str, ...], value: Any) -> None:
 STRENGTHS: tuple[Any, ...] = (0, 1, 0.5, 2, -1, True, float("nan"), "1.0", None, [], {})
 
 
-@use(value=STRENGTHS)
+@use(every=False, value=STRENGTHS)
 @torch.no_grad()
 def test_a_strength_that_was_edited(subject: Subject, value: Any) -> Iterator[Any]:
     """A number from 0 to 1 is taken, and what is none is told."""
@@ -111,6 +111,7 @@ def test_a_strength_that_was_edited(subject: Subject, value: Any) -> Iterator[An
 
 
 @use(
+    every=False,
     what=(
         "kind misspelt",
         "kind gone",
@@ -124,7 +125,7 @@ def test_a_strength_that_was_edited(subject: Subject, value: Any) -> Iterator[An
         "version gone",
         "empty",
         "a list",
-    )
+    ),
 )
 @torch.no_grad()
 def test_a_record_that_was_edited_is_refused(subject: Subject, what: str) -> Iterator[Any]:

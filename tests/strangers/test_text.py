@@ -146,7 +146,7 @@ CALIBRATION: dict[str, Any] = {
 }
 
 
-@use(rows=tuple(CALIBRATION))
+@use(every=False, rows=tuple(CALIBRATION))
 @torch.no_grad()
 def test_calibration_reads_rows_that_begin_with_bos(subject: Subject, rows: str) -> Iterator[Any]:
     """Given to a modification that has no use for it, it is refused; so is anything but BOS and text."""

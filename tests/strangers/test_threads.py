@@ -21,6 +21,7 @@ def together(jobs: list[Callable[[], Tensor]]) -> Tensor:
 
 
 @use(
+    every=False,
     what=(
         "forward one",
         "forward several",
