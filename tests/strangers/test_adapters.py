@@ -24,12 +24,12 @@ def config(kind: str, model: Any, *, keep: bool) -> Any:
             r=2, target_modules="all-linear", trainable_token_indices=[1, 5], init_lora_weights=False, **more
         )
     targets = [embedding] if kind == "embedding" else "all-linear"
-    return LoraConfig(r=2, target_modules=targets, use_dora=kind == "dora", init_lora_weights=False, **more)
+    return LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **more)
 
 
 @use(
     every=False,
-    kind=("lora", "dora", "embedding", "tokens"),
+    kind=("lora", "embedding", "tokens"),
     order=("before", "after"),
     then=("save", "merge", "disable", "second", "native", "trained"),
 )

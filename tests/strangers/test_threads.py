@@ -33,11 +33,10 @@ def together(jobs: list[Callable[[], Tensor]]) -> Tensor:
         "remove",
         "train",
     ),
-    rounds=(1, 2),
 )
-def test_threads_give_what_one_after_the_other_gives(subject: Subject, what: str, rounds: int) -> Iterator[Tensor]:
+def test_threads_give_what_one_after_the_other_gives(subject: Subject, what: str) -> Iterator[Tensor]:
     one, folder = subject.model(), None
-    texts = [subject.ids(seed=n) for n in range(THREADS * rounds)]
+    texts = [subject.ids(seed=n) for n in range(THREADS)]
     if what == "load":
         folder = subject.saved(one)
 
