@@ -48,7 +48,7 @@ class Documents:
 
     def __post_init__(self) -> None:
         if not self.texts:
-            raise ValueError(f"{self.source}: no documents found (none with any text)")
+            raise ValueError(f"{self.source}: no documents found (none with any text); check what it holds")
 
 
 def read_documents(
@@ -99,7 +99,7 @@ def _listed(source: Any) -> list[str]:
         if not isinstance(text, str):
             rows = "; give one field of every row, as [row['text'] for row in documents]"
             raise TypeError(
-                f"documents are strings; found {type(text).__name__} as number {n}"
+                f"give every document as a string; found {type(text).__name__} as number {n}"
                 f"{rows if isinstance(text, Mapping) else ''}"
             )
     return texts
@@ -184,7 +184,9 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg})") from None
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg}); a .jsonl file must be a JSON object a line"
+                ) from None
             except RecursionError:
                 raise ValueError(f"{where}: its lists are nested too deeply to be read") from None
             yield _field(row, column, where)
