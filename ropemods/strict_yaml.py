@@ -54,7 +54,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.depth > DEEPEST:
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "lists or mappings are nested too deeply", mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"lists or mappings are nested too deeply, at most {DEEPEST} levels are read", mark
+            )
         self.depth += 1
         try:
             return super().compose_node(parent, index)

@@ -85,7 +85,7 @@ def test_the_export_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_tiny(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     for line in example("export"):
         assert main(line) == 0, line
-    AutoModelForCausalLM.from_pretrained("llama-stock")
+    AutoModelForCausalLM.from_pretrained("smollm2-stock")
 
 
 def test_a_reader_that_stops_early_is_no_error(here: Path) -> None:

@@ -43,6 +43,7 @@ def pick(rows: Tensor, ids: Tensor, more: dict[str, Tensor]) -> tuple[Tensor, di
 
 
 @use(
+    every=False,
     cache=("dynamic", "static"),
     padding=("none", "left"),
     handling=("step", "chunks", "all at once", "reorder", "select", "repeat", "crop", "reset", "copy"),

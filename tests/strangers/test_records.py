@@ -14,10 +14,8 @@ import ropemods as rm
 from tests.strangers.uses import NEVER, Subject, use
 
 SAVED: dict[str, dict[str, Any]] = {
-    "plain": {},
     "sharded": {"max_shard_size": "20KB"},
     "variant": {"variant": "fp16"},
-    "not main": {"is_main_process": True},
 }
 READ: dict[str, dict[str, Any]] = {
     "plain": {},
