@@ -57,7 +57,7 @@ NEVER = object()
 REMEDY = re.compile(
     r"\b(use|pass|give|call|set|apply|load|leave|remove|choose|name|write|save|instead|first|run|put|read|add|take|turn|"
     r"make|merge|mend|repair|export|install|train|start|begin|cut|ask|keep|replace|move|drop|reload|override|"
-    r"convert|check|possible|must be|one of|takes|known|did you mean|at least|at most|no such|from .+ to .+)\b",
+    r"convert|check|possible|it has|must be|one of|takes|known|did you mean|at least|at most|no such|from .+ to .+)\b",
     re.IGNORECASE,
 )
 """Words with which an error says what to do."""
