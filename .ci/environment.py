@@ -1,7 +1,7 @@
 """The Python environment in which `make` runs everything. The Makefile calls this; it needs Python 3.11 and no package.
 
     environment.py make            .venv here, with the tested versions: made, made again, or brought up to date
-    environment.py check EXTRA     an error that names what the Python running this lacks of an extra
+    environment.py check EXTRA …   an error that names what the Python running this lacks of an extra
     environment.py install         the tested versions, into the Python running this
 
 Nothing that was begun and not ended passes for an environment: `.venv/complete` is written last, `.venv/unfinished`
@@ -151,8 +151,8 @@ def pinned(package: str) -> str:
     return next(line for line in CONSTRAINTS.read_text().split() if line.startswith(f"{package}=="))
 
 
-def check(extra: str) -> None:
-    lacking = [line for line in requirements(None, extra) if not installed(line)]
+def check(*extras: str) -> None:
+    lacking = [line for line in requirements(None, *extras) if not installed(line)]
     if lacking:
         raise NotDone(
             f"{sys.executable} lacks {', '.join(lacking)}; install them there (make install "

@@ -169,9 +169,19 @@ def from_text(texts: list[str], hint: Any) -> Any:
     for accepts in _alternatives(hint):
         if typing.get_origin(accepts) is tuple:
             item = typing.get_args(accepts)[0]
-            return [from_text([text], item) for text in texts]
+            # A text, or what is read by rules of its own, may hold a comma.
+            whole = item is Any or str in _alternatives(item)
+            return [from_text([text], item) for text in (texts if whole else items(texts))]
     (text,) = texts
     return text if str in _alternatives(hint) else scalar(text)
+
+
+def items(texts: Iterable[str]) -> list[str]:
+    """The items of a list, whether it was written 8 64, 8,64 or [8, 64]."""
+    text = " ".join(texts).strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    return [item for item in re.split(r"[\s,]+", text) if item]
 
 
 def in_words(hint: Any) -> str:

@@ -12,13 +12,18 @@ from typing import Any
 
 import yaml
 
+from ropemods.atomic import read_text
+
+DEEPEST = 20
+"""Levels of lists and mappings; no option takes more than three."""
+
 
 def read(path: str | Path) -> dict[Any, Any]:
     """The mapping in a file; an empty file is an empty one."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    values = _load(path.read_text(encoding="utf-8"), str(path))
+    values = _load(read_text(path), str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -43,6 +48,20 @@ def _load(text: str, source: str) -> Any:
 
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader, so it builds plain values and nothing else; only stricter."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(
+                None, None, f"lists or mappings are nested too deeply, at most {DEEPEST} levels are read", mark
+            )
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

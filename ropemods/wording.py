@@ -140,9 +140,9 @@ def percent(fraction: float, *, signed: bool = False) -> str:
 def count(value: int) -> str:
     """A count that a person reads: 3.2M rather than 3224832, 409,600 rather than 409600."""
     for size, letter in ((10**9, "B"), (10**6, "M")):
-        if value >= size:
+        if value >= 0.9995 * size and value >= 10**6:  # what rounds to 1000M is 1.0B
             scaled = value / size
-            return f"{scaled:.1f}{letter}" if scaled < 100 else f"{scaled:.0f}{letter}"
+            return f"{scaled:.1f}{letter}" if scaled < 99.95 else f"{scaled:.0f}{letter}"
     return f"{value:,}"
 
 

@@ -43,7 +43,21 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--early", "4,8"], ["--early", "4,", "8"], ["--early", "4", ",8"], ["--early=4,8"], ["--early", "[4, 8]"]],
+)
+def test_a_list_of_numbers_may_have_commas(words: list[str]) -> None:
+    assert from_flags("m", *words) == Sample(model="m", early=(4, 8))
+
+
 # What a YAML file may say
+
+
+def test_yaml_that_is_nested_too_deeply_is_an_error_with_its_file(tmp_path: Path) -> None:
+    for text in ("[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000):
+        with pytest.raises(ValueError, match=r"deep.yaml, line 1: lists or mappings are nested too deeply"):
+            read(written(tmp_path / "deep.yaml", f"rate: {text}\n"))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +179,7 @@ def test_flags_may_stand_anywhere_and_be_spelt_with_hyphens() -> None:
     assert from_flags("--rate", "2", "m", "--fast") == Sample(model="m", rate=2.0, fast=True)
     assert from_flags("m", "--no-fast", "--rate=-2e-3") == Sample(model="m", rate=-2e-3)
     assert from_flags("m", "--early", "4", "8", "--tags", "1", "b") == Sample(model="m", early=(4, 8), tags=("1", "b"))
+    assert from_flags("m", "--tags", "1,b", "a text") == Sample(model="m", tags=("1,b", "a text"))
 
 
 def test_the_flag_wins_over_yaml_in_both_directions(tmp_path: Path) -> None:

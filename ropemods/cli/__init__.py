@@ -44,9 +44,11 @@ def main(words: list[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     name = words[0] if words else ""
-    if name in ("--help", "-h"):
+    if name == "help" and len(words) == 2 and words[1] in COMMANDS:
+        print(help_text(load(words[1]), words[1]))
+    elif name in ("--help", "-h", "help"):
         print(overview())
-    elif name == "--version":
+    elif name in ("--version", "-V"):
         print(versions())
     elif name in COMMANDS:
         return _run(load(name), name, words[1:])

@@ -119,7 +119,7 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods apply meta-llama/Llama-3.2-1B ./llama-p-rope --mods truncated_rope:keep=0.75 adaptive_temperature
+        ropemods apply HuggingFaceTB/SmolLM2-135M ./smollm2-p-rope --mods truncated_rope:keep=0.75 adaptive_temperature
     """,
     details=known_mods,
 )

@@ -51,12 +51,12 @@ def run(options: Options) -> None:
     import json
     from pathlib import Path
 
-    from ropemods.atomic import write_text
+    from ropemods.atomic import read_text, write_text
     from ropemods.bench.survey import as_json, from_json, machine, survey
     from ropemods.bench.tables import into_page, line, plot, table
 
     if options.redraw is not None:
-        written = json.loads(Path(options.redraw).read_text(encoding="utf-8"))
+        written = json.loads(read_text(options.redraw))
         rows = from_json(written)
     else:
         plan = _plan(options)
@@ -73,7 +73,7 @@ def run(options: Options) -> None:
         print(f"wrote {folder}/bench.json, bench.md and bench.svg")
     if options.page is not None:
         page = Path(options.page)
-        write_text(page, into_page(page.read_text(encoding="utf-8"), rows))
+        write_text(page, into_page(read_text(page), rows))
         print(f"wrote {page}")
 
 

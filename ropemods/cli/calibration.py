@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ropemods.atomic import read_text
+
 ROWS = 8
 CHARACTERS_A_TOKEN = 32
 """More than any tokenizer's tokens have on average, so that long files need not be tokenised whole."""
@@ -19,7 +21,7 @@ def rows_from_file(path: str, tokenizer: PreTrainedTokenizerBase, bos_token_id: 
         raise FileNotFoundError(f"{path}: there is no such file")
     if bos_token_id is None:
         raise ValueError("calibration rows begin with BOS, and this model's config has none (bos_token_id is None)")
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text(path)
     rows = []
     for row in range(ROWS):
         start, end = (len(text) * edge // ROWS for edge in (row, row + 1))

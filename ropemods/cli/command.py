@@ -119,7 +119,10 @@ def _underscored(words: list[str]) -> list[str]:
 def _refuse(unknown: list[str], command: Command) -> NoReturn:
     word = unknown[0]
     if not word.startswith("-"):
-        raise ValueError(f"{word!r} is one argument too many")
+        raise ValueError(
+            f"{word!r} is one argument too many; put a text with spaces in quotes, and no value behind a flag that is "
+            "on or off"
+        )
     known = [name for name, field in fields(command.options).items() if not declared(field).positional]
     flags = [f"--{name}" for name in (*known, "config", "debug", "help")]
     raise ValueError(f"there is no option {word.partition('=')[0]}{did_you_mean(word.partition('=')[0], flags)}")

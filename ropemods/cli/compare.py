@@ -12,8 +12,8 @@ from ropemods.options import REQUIRED, option
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compare two reports of `ropemods measure`: what changed, by how much, and whether that is more than noise. Two
-    reports of one protocol read the same documents, so the intervals of changes leave out what both have in common.
+    """Compare two reports of `ropemods measure`. Says what changed, by how much, and whether that is more than noise.
+    Two reports of one protocol read the same documents, so the intervals of changes leave out what both have in common.
     Reports of different protocols are refused, with what differs.
     """
 
@@ -27,7 +27,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    check_writable(options.output, options.html)
+    check_writable(options.output, options.html, read=(options.before, options.after))
 
     from ropemods.comparison import compare
 

@@ -51,7 +51,7 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods apply meta-llama/Llama-3.2-1B ./llama-p-rope --mods truncated_rope:keep=0.75
-        ropemods export ./llama-p-rope ./llama-stock
+        ropemods apply HuggingFaceTB/SmolLM2-135M ./smollm2-p-rope --mods truncated_rope:keep=0.75
+        ropemods export ./smollm2-p-rope ./smollm2-stock
     """,
 )

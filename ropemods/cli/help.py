@@ -24,8 +24,14 @@ def help_text(command: Command, name: str) -> str:
     known, hints = fields(command.options), typing.get_type_hints(command.options)
     positional = [each for each, field in known.items() if declared(field).positional]
     demanded = [each for each, field in known.items() if field.default is REQUIRED and each not in positional]
-    usage = ["ropemods", name, *map(str.upper, positional), *(_flag(each, known, hints) for each in demanded)]
-    lines = [f"usage: {' '.join(usage)} [options]", "", *textwrap.wrap(command.paragraph(), width), ""]
+    more = [each for each in positional if takes_many(hints[each])]
+    usage = ["ropemods", name, *(each.upper() for each in positional if each not in more)]
+    usage += [
+        *(_flag(each, known, hints) for each in demanded),
+        "[options]",
+        *(f"[-- {each} ...]" for each in more),
+    ]
+    lines = [f"usage: {' '.join(usage)}", "", *textwrap.wrap(command.paragraph(), width), ""]
     for each, field in known.items():
         flag = each.upper() if each in positional else _flag(each, known, hints)
         lines += _entry(flag, f"{declared(field).help} ({_default(field)})", width)
@@ -33,6 +39,8 @@ def help_text(command: Command, name: str) -> str:
         lines += _entry(flag, text, width)
     if any(hints[each] is bool for each in known):
         lines += ["", *textwrap.wrap("--no_NAME turns off what the YAML file turns on.", width)]
+    if any(takes_many(hints[each]) for each in known if each not in positional):
+        lines += ["", *textwrap.wrap("Numbers and choices of a list stand apart or with commas: 8 64, 8,64.", width)]
     if command.details is not None:
         lines += ["", command.details().rstrip()]
     lines += ["", "example:", textwrap.indent(textwrap.dedent(command.example).strip(), "  ")]
@@ -41,14 +49,16 @@ def help_text(command: Command, name: str) -> str:
 
 def _flag(name: str, known: dict[str, dataclasses.Field], hints: dict[str, Any]) -> str:
     hint = hints[name]
-    choices = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]
+    parts = (hint, *typing.get_args(hint))
+    choices = [part for part in parts if typing.get_origin(part) is Literal]
     if hint is bool:
         return f"--{name}"
     if choices:
         value = "|".join(map(str, typing.get_args(choices[0])))
     else:
-        value = declared(known[name]).metavar or "VALUE"
-    return f"--{name} {value}{' ...' if takes_many(hint) else ''}"
+        value = declared(known[name]).metavar or ("N" if int in parts else "NUMBER" if float in parts else "TEXT")
+    # A list of a certain length has a word for each in its metavar.
+    return f"--{name} {value}{' ...' if takes_many(hint) and ' ' not in value else ''}"
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -11,13 +11,28 @@ from ropemods.cli.command import Command
 from ropemods.cli.results import show
 from ropemods.cli.subjects import Subject, check_writable, launched, load, read
 from ropemods.leakage.protocol import Protocol
-from ropemods.options import option
+from ropemods.options import items, option
+
+FIELDS = (
+    "sequences",
+    "length",
+    "groups",
+    "window",
+    "grid_rows",
+    "early",
+    "seed",
+    "dtype",
+    "batch_size",
+    "replicates",
+    "confidence",
+)
+"""The options that are fields of the protocol, under their own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Subject):
-    """Measure how much a model's attention tells about absolute position: residual, mask and total leakage, sink,
-    entropy and frequency usage, with intervals. Prints a report, and writes it where asked, whole or not at all. With
+    """Measure how much a model's attention tells about absolute position. Prints a report of residual, mask and total
+    leakage, sink, entropy and frequency usage, with intervals, and writes it where asked, whole or not at all. With
     torchrun or accelerate launch it runs on several ranks (torchrun --nproc_per_node 8 -m ropemods.cli measure ...).
     """
 
@@ -25,10 +40,19 @@ class Options(Subject):
     html: str | None = option(None, "write a page to look at, in one file", metavar="FILE", unset="not written")
     sequences: int = option(Protocol.sequences, "crops to read; the noise falls with their number")
     length: int = option(Protocol.length, "tokens in a crop, BOS included", metavar="TOKENS")
-    groups: int = option(Protocol.groups, "groups of documents that intervals are formed over")
+    groups: int | None = option(
+        None, "groups of documents that intervals are formed over", unset="as many as fit the sequences, 32 at most"
+    )
     window: int = option(Protocol.window, "offsets that are compared")
-    grid_rows: int = option(Protocol.grid_rows, "query rows read whole, for the mask term")
-    early: tuple[int, int] | None = option(None, "the early queries, first and one past the last", unset="8 64")
+    grid_rows: int | None = option(
+        None, "query rows read whole, for the mask term", unset="64, or all where there are fewer"
+    )
+    early: tuple[int, int] | None = option(
+        None,
+        "the early queries, first and one past the last",
+        metavar="FIRST STOP",
+        unset="8 64, or what a short length has of it",
+    )
     seed: int = option(Protocol.seed, "of the crops and of the intervals")
     dtype: Literal["float32", "float64", "bfloat16", "float16", "model"] = option(
         "float32", "dtype to measure in; model leaves it as it was loaded"
@@ -36,7 +60,7 @@ class Options(Subject):
     control_text: bool = option(False, "read random tokens with the text's frequencies instead of the text")
     batch_size: int = option(Protocol.batch_size, "crops in one forward pass; moves memory and speed, no number")
     replicates: int = option(Protocol.replicates, "draws of the bootstrap")
-    confidence: float = option(Protocol.confidence, "of the intervals")
+    confidence: float = option(Protocol.confidence, "coverage that the intervals aim at")
     skip_mask: bool = option(False, "do not measure the mask term")
     interventions: tuple[str, ...] | None = option(
         None,
@@ -44,37 +68,25 @@ class Options(Subject):
         metavar="NAME",
         unset="none",
     )
-    reference: int = option(32, "random tokens in the reference distribution of the swaps", metavar="TOKENS")
+    reference: int = option(32, "random tokens in the reference distribution of the swaps")
     controls: bool = option(False, "also run the measurements whose answer is known beforehand")
 
     def protocol(self) -> Protocol:
-        return Protocol(
-            sequences=self.sequences,
-            length=self.length,
-            groups=self.groups,
-            window=self.window,
-            grid_rows=self.grid_rows,
-            early=Protocol.early if self.early is None else self.early,
-            seed=self.seed,
-            dtype=self.dtype,
-            text="unigram" if self.control_text else "stationary",
-            batch_size=self.batch_size,
-            replicates=self.replicates,
-            confidence=self.confidence,
-            mask_term=not self.skip_mask,
-        )
+        fields = {name: getattr(self, name) for name in FIELDS}  # those left at None follow from the others
+        text = "unigram" if self.control_text else "stationary"
+        return Protocol.from_dict({**fields, "text": text, "mask_term": not self.skip_mask})
 
 
 def run(options: Options) -> None:
     protocol = options.protocol()
-    check_writable(options.output, options.html)
+    check_writable(options.output, options.html, read=[options.text])
 
     from ropemods.cli.checkpoints import quieten
     from ropemods.leakage.interventions import NAMES, check_names
     from ropemods.leakage.measure import measure
 
     quieten()
-    asked = options.interventions or ()
+    asked = tuple(items(options.interventions or ()))
     interventions = NAMES if asked == ("all",) else asked
     check_names(interventions)
     with launched() as rank:
@@ -99,6 +111,6 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods measure meta-llama/Llama-3.2-1B --text books.jsonl --output before.json --html before.html
+        ropemods measure HuggingFaceTB/SmolLM2-135M --text books.jsonl --output before.json --html before.html
     """,
 )

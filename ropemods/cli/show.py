@@ -126,7 +126,7 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods show ./llama-p-rope
-        ropemods show meta-llama/Llama-3.2-1B --json
+        ropemods show ./smollm2-p-rope
+        ropemods show HuggingFaceTB/SmolLM2-135M --json
     """,
 )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ropemods import atomic
 from ropemods.options import REQUIRED, option
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -72,7 +74,6 @@ def launched() -> Iterator[int]:
 
 def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model on its device, and the tokenizer."""
-    import torch
 
     import ropemods
     from ropemods.cli.checkpoints import check_name, load_config, readable, tokenizer_of
@@ -82,6 +83,7 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     if options.device_map is not None:
         need("accelerate", "--device_map")
     check_name(options.model, options.gguf_file)
+    device = _device(options.device)
     trust = options.trust_remote_code
     chosen: dict[str, Any] = {"dtype": options.load_dtype, "trust_remote_code": trust}
     for name in ("attn_implementation", "device_map"):
@@ -103,7 +105,7 @@ def load(options: Subject) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         else:
             model = _stock(options.model, file, chosen)
     if options.device_map is None:
-        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(device)
     places = [options.tokenizer] if options.tokenizer is not None else [options.model, base]
     found = (tokenizer_of(place, file if place == base else None, trust_remote_code=trust) for place in places)
     tokenizer = next((each for each in found if each is not None), None)
@@ -122,6 +124,22 @@ def _stock(name: str, gguf_file: str | None, chosen: dict[str, Any]) -> nn.Modul
     return AutoModelForCausalLM.from_pretrained(name, **chosen)
 
 
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the one that there is; checked before anything is loaded onto it."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({why}); give cpu, cuda or cuda:1") from None
+    if found.type == "meta":
+        raise ValueError("--device meta holds no numbers; give cpu, cuda or cuda:1")
+    return found
+
+
 def read(options: Subject, length: int, seed: int) -> Documents:
     """The documents, joined if that was asked for."""
     from ropemods.leakage.crops import EXCERPT
@@ -131,8 +149,14 @@ def read(options: Subject, length: int, seed: int) -> Documents:
     return joined(documents, characters=EXCERPT * length, seed=seed) if options.join else documents
 
 
-def check_writable(*paths: str | None) -> None:
-    """An error now for what would be one after minutes of work."""
+def check_writable(*paths: str | None, read: Iterable[str] = ()) -> None:
+    """An error now for what would be one after minutes of work. `read` are files that must not be written over."""
+    taken = {os.path.realpath(path): path for path in read if os.path.isfile(path)}
     for path in paths:
-        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise FileNotFoundError(f"cannot write {path}: its folder does not exist. Create it first.")
+        if path is None:
+            continue
+        where = os.path.realpath(atomic.check_writable(path))
+        if where in taken:
+            raise ValueError(f"{path} would be written over {taken[where]}; name another file")
+        if os.path.isfile(where) or not os.path.exists(where):
+            taken[where] = path

@@ -26,7 +26,7 @@ class Options(Subject):
 
 
 def run(options: Options) -> None:
-    check_writable(options.output)
+    check_writable(options.output, read=[options.text])
 
     from ropemods.cli.checkpoints import quieten
     from ropemods.leakage.suggest import suggest
@@ -59,6 +59,6 @@ COMMAND = Command(
     options=Options,
     run=run,
     example="""
-        ropemods suggest meta-llama/Llama-3.2-1B --text books.jsonl --length 8192
+        ropemods suggest HuggingFaceTB/SmolLM2-135M --text books.jsonl --length 8192
     """,
 )

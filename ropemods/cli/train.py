@@ -15,9 +15,10 @@ from ropemods.strict_yaml import read
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Fine-tune by a recipe and compare its arms: base, base with untrained modifications, control, modified. The exact
+    """Fine-tune by a recipe and compare what comes of it. Its arms are base, base with untrained modifications, control
+    and modified. The exact
     command is printed before it is run. What stands behind -- goes to the recipe: any of its keys as a flag, which wins
-    over the file.
+    over the file (`python -m ropemods.training --help` lists them).
     """
 
     recipe: str = option(REQUIRED, "a YAML file, such as recipes/smoke.yaml", positional=True)

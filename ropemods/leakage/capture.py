@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ropemods.attention.rows import Rows
+from ropemods.hooks.finite import first_non_finite
 from ropemods.hooks.interface import observed
 from ropemods.hooks.listening import Listened
 from ropemods.hooks.sites import AttentionSite
@@ -153,15 +154,38 @@ def capture(
     model = listened.model if model is None else model
     sums = Sums(protocol, distributed=world > 1, device=_home(listened, protocol))
     observer = Observer(listened, sums, everything=everything, **options)
+    wrong_BT = None
     with observed(observer, of=listened.model, want_lse=True):
         for tokens_BT in read(crops.shard(rank, world), protocol, sums, observer, progress=progress):
             # The logits have no name, so that they are gone before the next batch needs as much again.
             if everything:
                 sums.add_loss(observer.groups_B, losses(forward(model, tokens_BT), tokens_BT))
+                if wrong_BT is None and not sums.loss.isfinite().all():
+                    wrong_BT = tokens_BT
             else:
                 forward(model, tokens_BT)
     sums.merge()
-    return sums, observer.notes()
+    notes = observer.notes()
+    if not sums.loss.isfinite().all():  # on every rank, for the sums are those of all
+        notes.append(_not_finite(model, sums, crops.tokens_NT[:1] if wrong_BT is None else wrong_BT))
+    return sums, notes
+
+
+def _not_finite(model: nn.Module, sums: Sums, tokens_BT: Tensor) -> str:
+    """A note on where NaN or infinity comes from, if it comes from some of a layer's heads; else an error."""
+    places = [first_non_finite(model, lambda: forward(model, tokens_BT))]
+    if ranks()[1] > 1:
+        here, places = places[0], [None] * ranks()[1]
+        dist.all_gather_object(places, here)
+    where = next((place for place in places if place), "a module that could not be found")
+    heads = (store.good_heads() for _, store in sorted(sums.layers.items()))
+    first_bad = next((good for good in heads if not good.all()), None)
+    if first_bad is not None and first_bad.any():  # its other heads can be measured
+        return f"the loss, like all that later layers read, is not finite: NaN or infinity first appears in {where}"
+    raise ValueError(
+        f"this model gives logits that are not finite: NaN or infinity first appears in {where}. Measure in float32, "
+        "or load or train the weights again"
+    )
 
 
 def read(crops: Crops, protocol: Protocol, sums: Sums, observer: Observer, *, progress: str | None) -> Iterator[Tensor]:

@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ropemods.leakage.documents import Documents
+from ropemods.leakage.documents import Documents, without_copies
 from ropemods.leakage.protocol import Protocol
+from ropemods.wording import percent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,8 @@ MARGIN = 32
 """Tokens between a document's start and the earliest crop."""
 TORN = 4
 """Tokens dropped where an excerpt begins or ends mid-document: a torn word makes tokens of its own."""
+UNKNOWN, ONE_TOKEN = 0.01, 0.9
+"""Shares of the text: of unknown tokens, above which it is said; of the commonest token, above which it is no text."""
 EXCERPT = 16
 """Characters of an excerpt for each token wanted from it: three times what English needs."""
 _SHUFFLE, _CUT, _UNIGRAM = 0, 2, 4
@@ -113,6 +116,7 @@ def make_crops(
 ) -> Crops:
     """The crops of a protocol, BOS first; `bos_token_id` replaces the tokenizer's own."""
     bos = _bos(tokenizer, bos_token_id)
+    documents = without_copies(documents)
     cutter = _Cutter(documents.texts, tokenizer, protocol, bos)
     notes = list(documents.notes)
     whole = [_Unit(n, 0, len(text)) for n, text in enumerate(documents.texts)]
@@ -131,6 +135,7 @@ def make_crops(
     notes += cutter.notes(used)
     crops = [[bos, *crop] for group in groups for _, crop in group]
     tokens_NT = torch.tensor(crops)
+    notes += _content_notes(tokens_NT[:, 1:], tokenizer, documents.source)
     if protocol.text == "unigram":
         tokens_NT = _unigram(tokens_NT, protocol)
     return Crops(
@@ -268,12 +273,44 @@ def _unigram(tokens_NT: Tensor, protocol: Protocol) -> Tensor:
     return torch.cat((tokens_NT[:, :1], drawn), dim=1)
 
 
+def _content_notes(content_NT: Tensor, tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """What makes crops poor text: tokens that stand for what the tokenizer does not know, and crops that are copies."""
+    notes = []
+    found, times = content_NT.unique(return_counts=True)
+    shares = {int(token): float(n) / content_NT.numel() for token, n in zip(found, times, strict=True)}
+    unknown = shares.get(-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id, 0.0)
+    commonest = max(shares, key=lambda token: shares[token])
+    name = tokenizer.convert_ids_to_tokens(commonest)
+    if shares[commonest] > ONE_TOKEN:
+        raise ValueError(
+            f"{percent(shares[commonest])} of the text in {source} is one token, {name!r} ({commonest}), so there is "
+            "nothing to measure on. Does the tokenizer belong to the model, and read text of this kind?"
+        )
+    if unknown > UNKNOWN:
+        notes.append(
+            f"{percent(unknown)} of the text is the unknown token {tokenizer.unk_token!r}: this tokenizer cannot read "
+            "it all, and what is measured is partly about that"
+        )
+    copies = len(content_NT) - len(content_NT.unique(dim=0))
+    if copies:
+        notes.append(
+            f"{copies} of {len(content_NT)} crops are copies of others: the text repeats itself, and intervals over "
+            "documents that share text are too narrow"
+        )
+    return notes
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: a stretch longer than the model's context is meant to be cut.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None) -> int:
+    if not callable(tokenizer) or not hasattr(tokenizer, "bos_token_id"):
+        raise TypeError(
+            f"a tokenizer is needed to read text, found {type(tokenizer).__name__}; give the model's own, as "
+            "AutoTokenizer.from_pretrained(name) makes it"
+        )
     bos = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
     if bos_token_id is not None and (isinstance(bos, bool) or not isinstance(bos, int)):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Documents to measure on: from a list, a file, or a Hugging Face dataset.
 
-    read_documents(["one long text", "another"])
+    read_documents(["one long text", "another"])        # or whatever else gives texts, a generator too
     read_documents("books.jsonl.xz")                    # also .txt, .jsonl, .parquet, and .gz
     read_documents("Salesforce/wikitext:wikitext-103-raw-v1:test")
     read_documents("my_folder::train")                  # a folder that `datasets` can load
@@ -14,23 +14,27 @@ Crops want long documents (`crops.py` says how long). `joined` makes long ones o
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import lzma
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from ropemods.atomic import not_utf8
 from ropemods.extras import need
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PACKED: dict[str, Callable[..., IO[Any]]] = {".xz": lzma.open, ".gz": gzip.open}
+UNPACKING = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
 STREAMED = 8192
 """Documents taken from a dataset's shuffled stream."""
 
@@ -45,11 +49,11 @@ class Documents:
 
     def __post_init__(self) -> None:
         if not self.texts:
-            raise ValueError(f"{self.source}: no documents found (none with any text)")
+            raise ValueError(f"{self.source}: no documents found (none with any text); check what it holds")
 
 
 def read_documents(
-    source: Documents | Sequence[str] | str | os.PathLike[str],
+    source: Documents | Iterable[str] | str | os.PathLike[str],
     *,
     separator: str = "auto",
     column: str = "text",
@@ -64,10 +68,8 @@ def read_documents(
     if isinstance(source, Documents):
         return source
     if not isinstance(source, str | os.PathLike):
-        wrong = next((text for text in source if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise TypeError(f"documents are strings; found {type(wrong).__name__}")
-        return Documents(_with_text(source), f"{len(source)} texts")
+        texts = _listed(source)
+        return Documents(_with_text(texts), f"{len(texts)} texts")
     path = Path(source)
     kind = _kind(path)
     if path.is_file() and kind in SUFFIXES:
@@ -83,11 +85,45 @@ def read_documents(
     return _dataset(str(source), column, seed)
 
 
+def _listed(source: Any) -> list[str]:
+    """The texts of anything but a file or a dataset; what is not a text is named, with its place."""
+    if isinstance(source, Mapping):
+        columns = ", ".join(map(repr, itertools.islice(source, 5)))
+        raise TypeError(
+            f"documents are strings, and this is a {type(source).__name__} with the keys {columns}; give the list of "
+            "texts in it, as documents['text']"
+        )
+    if isinstance(source, bytes | bytearray) or not isinstance(source, Iterable):
+        raise TypeError(f"give documents as a list of strings, a file or a dataset; found {type(source).__name__}")
+    texts = list(source)
+    for n, text in enumerate(texts):
+        if not isinstance(text, str):
+            rows = "; give one field of every row, as [row['text'] for row in documents]"
+            raise TypeError(
+                f"give every document as a string; found {type(text).__name__} as number {n}"
+                f"{rows if isinstance(text, Mapping) else ''}"
+            )
+    return texts
+
+
+def without_copies(documents: Documents) -> Documents:
+    """Each text once. A copy tells nothing new, and in another group it would pass for a second document."""
+    kept: dict[bytes, str] = {}
+    for text in documents.texts:
+        kept.setdefault(hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest(), text)
+    copies = len(documents.texts) - len(kept)
+    if not copies:
+        return documents
+    note = f"{copies} of {len(documents.texts)} documents are copies of others and were left out"
+    return Documents(list(kept.values()), documents.source, (*documents.notes, note))
+
+
 def joined(documents: Documents, *, characters: int, seed: int = 0) -> Documents:
     """Long documents made of short ones, in random order, a blank line between two.
 
     Each text goes into one joined document only, so the joined ones are as independent as the texts.
     """
+    documents = without_copies(documents)
     order = np.random.default_rng((seed, 3)).permutation(len(documents.texts))
     long: list[str] = []
     parts: list[str] = []
@@ -116,7 +152,7 @@ def _kind(path: Path) -> str:
 
 def _open(path: Path) -> IO[str]:
     unpack: Callable[..., IO[Any]] = PACKED.get(path.suffix, open)
-    return unpack(path, "rt", encoding="utf-8")
+    return unpack(path, "rt", encoding="utf-8-sig")
 
 
 def _text_file(path: Path, separator: str) -> Documents:
@@ -124,7 +160,9 @@ def _text_file(path: Path, separator: str) -> Documents:
         with _open(path) as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}). Convert it, or check the file") from None
+        raise not_utf8(path, error) from None
+    except UNPACKING as error:
+        raise _damaged(path, error) from None
     if separator == "auto":
         separator = END_OF_TEXT if END_OF_TEXT in text else "none"
     if separator == "none":
@@ -140,22 +178,42 @@ def _text_file(path: Path, separator: str) -> Documents:
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in _lines(path, file):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg})") from None
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg}); a .jsonl file must be a JSON object a line"
+                ) from None
+            except RecursionError:
+                raise ValueError(f"{where}: its lists are nested too deeply to be read") from None
             yield _field(row, column, where)
+
+
+def _lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
+    try:
+        yield from enumerate(file, 1)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except UNPACKING as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: cannot be unpacked ({error}). Was it cut short, or is it not {path.suffix[1:]}?")
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
     need("pyarrow", f"{path}: reading parquet")
-    from pyarrow import parquet
+    from pyarrow import ArrowInvalid, parquet
 
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: no parquet file, or a damaged one ({error})") from None
     names = file.schema_arrow.names
     if column not in names:
         raise ValueError(_no_column(column, names, str(path)))

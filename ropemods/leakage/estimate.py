@@ -77,7 +77,11 @@ def estimate(sums: Sums) -> Estimates:
             notes.append(f"mask: not defined in layers {without} (no rows of logits were given)")
         if len(without) == len(grams):
             continue
-        unclear = [n for n, gram in enumerate(grams) if gram is not None and gram.isnan().all()]
+        # A layer without a good head has its own notes.
+        good = [sums.layers[layer].good_heads().cpu() for layer in sorted(sums.layers)]
+        unclear = [
+            n for n, gram in enumerate(grams) if gram is not None and good[n].any() and gram[good[n]].isnan().all()
+        ]
         if name == "mask" and unclear:
             notes.append(
                 f"mask: not defined in layers {unclear}: which keys a query sees differs from one sequence to another"

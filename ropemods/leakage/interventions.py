@@ -68,6 +68,8 @@ class Done:
 
 
 def check_names(names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise TypeError(f"interventions is a list of names: write [{names!r}]")
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise ValueError(f"there is no intervention {unknown[0]!r}; there are {', '.join(NAMES)}")
@@ -103,7 +105,11 @@ def intervene(
             early = lab.swap(name)
             found += [lab.intervention(name, "swap", each, changes) for each in (early,) if each is not None]
         elif name == "reference":
-            found.append(lab.intervention(f"random token, mean of {len(spread)}", "swap", mean(spread), changes))
+            found.append(
+                lab.intervention(
+                    f"random token, mean of {len(spread)}", "swap", mean(spread, lab.protocol.confidence), changes
+                )
+            )
         elif name == "clamp":
             found.append(lab.intervention("clamp", "clamp", lab.early("clamp", change=clamp(sums, listened))))
         elif name == "carrier":
@@ -130,7 +136,7 @@ def random_tokens(listened: Listened, tokenizer: object, crops: Crops, count: in
     return [int(token) for token in draw.choice(ordinary, count, replace=False)]
 
 
-def mean(estimates: Sequence[Estimate], confidence: float = 0.95) -> Estimate:
+def mean(estimates: Sequence[Estimate], confidence: float) -> Estimate:
     """The mean of estimates whose replicates drew the same documents."""
     replicates_R = np.mean([each.replicates for each in estimates], axis=0)
     return _estimate(float(np.mean([each.value for each in estimates])), replicates_R, confidence)

@@ -15,7 +15,7 @@ import contextlib
 import datetime
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def measure(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     documents: Any,
-    protocol: Protocol | None = None,
+    protocol: Protocol | Mapping[str, Any] | None = None,
     *,
     bos_token_id: int | None = None,
     interventions: Sequence[str] = (),
@@ -57,13 +57,14 @@ def measure(
     """Measure a model, stock or modified, and leave it as it was.
 
     documents: texts, a .txt, .jsonl or .parquet file, or a dataset as name:config:split (`read_documents`).
+    protocol: how to measure; a mapping of its fields will do, such as another report's.
     bos_token_id: what sequences begin with, where that is not the tokenizer's BOS.
     interventions: names out of `interventions.NAMES`, each with its effect on the early residual.
     reference: how many random tokens make the reference distribution of the swaps.
     controls: also run the measurements whose answer is known.
     progress: a bar on rank 0, where standard error is a terminal.
     """
-    protocol = Protocol() if protocol is None else protocol
+    protocol = _protocol(protocol)
     check_names(interventions)
     called = unwrapped(model)
     inner = base_model(called)
@@ -115,6 +116,14 @@ def measure(
         controls=checks,
         notes=(*notes, *done.notes),
     )
+
+
+def _protocol(given: Any) -> Protocol:
+    if given is None or isinstance(given, Mapping):
+        return Protocol.from_dict(given or {})
+    if not isinstance(given, Protocol):
+        raise TypeError(f"protocol is a Protocol or a mapping of its fields, found {given!r}")
+    return given
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

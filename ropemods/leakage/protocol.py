@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ropemods.options import in_words
 
 VERSION = 1
 """Raised whenever the same fields would give other numbers, so that old hashes no longer match."""
@@ -36,14 +40,15 @@ class Protocol:
     """Crops that are read. The estimate's noise falls with their number."""
     length: int = 512
     """Tokens in a crop, BOS included."""
-    groups: int = 32
-    """Groups of documents. Products of disjoint groups make the squares unbiased."""
+    groups: int = None  # type: ignore[assignment]
+    """Groups of documents. Products of disjoint groups make the squares unbiased. Left out: as many as the sequences
+    can be dealt to evenly, 32 at most."""
     window: int = 8
     """w: offsets 0 … w−1 are compared, for queries i ≥ w."""
-    grid_rows: int = 64
-    """Query rows that are read whole, for the mask term."""
-    early: tuple[int, int] = (8, 64)
-    """The early queries, first ≤ i < last."""
+    grid_rows: int = None  # type: ignore[assignment]
+    """Query rows that are read whole, for the mask term. Left out: 64, or all where there are fewer."""
+    early: tuple[int, int] = None  # type: ignore[assignment]
+    """The early queries, first ≤ i < last. Left out: 8 to 64, or what of it a short length has before its last half."""
     seed: int = 0
     """Decides the crops and the bootstrap's draws."""
     dtype: str = "float32"
@@ -62,18 +67,18 @@ class Protocol:
     def __post_init__(self) -> None:
         if isinstance(self.early, list):  # as JSON and YAML give it
             object.__setattr__(self, "early", tuple(self.early))
-        for field in dataclasses.fields(self):
-            _expect_type(field.name, getattr(self, field.name), field.default)
-        for name, least in _LEAST.items():
-            _expect(
-                getattr(self, name) >= least,
-                f"{name}={getattr(self, name)}: at least {least}",
-            )
+        self._check_numbers("sequences", "length", "window")
+        for name, fit in (("groups", self._fit_groups), ("grid_rows", self._fit_grid), ("early", self._fit_early)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, fit())
+        self._check_numbers(*(field.name for field in dataclasses.fields(self)))
         if self.sequences % self.groups:
             below = self.sequences // self.groups * self.groups
+            counts = " or ".join(str(n) for n in (below, below + self.groups) if n)
+            near = _most_groups(self.sequences)
             raise ValueError(
-                f"sequences={self.sequences} cannot be dealt evenly to groups={self.groups}: "
-                f"use {max(below, self.groups)} or {below + self.groups}"
+                f"sequences={self.sequences} cannot be dealt evenly to groups={self.groups}: use {counts} sequences"
+                + (f", or groups={near}" if near else "")
             )
         _expect(
             len(self.early) == 2
@@ -98,6 +103,39 @@ class Protocol:
             0.5 <= self.confidence < 1,
             f"confidence={self.confidence}: from 0.5 to below 1",
         )
+
+    def _check_numbers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _expect_type(name, value, typing.get_type_hints(Protocol)[name])
+            if name in _LEAST:
+                _expect(value >= _LEAST[name], f"{name}={value}: at least {_LEAST[name]}")
+                _expect(name == "seed" or value <= MOST, f"{name}={value}: at most {MOST}")
+
+    def _fit_groups(self) -> int:
+        found = _most_groups(self.sequences)
+        if found is None:
+            least = _LEAST["groups"]
+            below = next((n for n in range(self.sequences, least - 1, -1) if _most_groups(n)), None)
+            above = next(n for n in itertools.count(max(self.sequences, least)) if _most_groups(n))
+            raise ValueError(
+                f"protocol: sequences={self.sequences} cannot be dealt evenly to {least} to {MOST_GROUPS} groups of "
+                f"documents, which intervals are formed over: use {' or '.join(str(n) for n in (below, above) if n)}"
+            )
+        return found
+
+    def _fit_grid(self) -> int:
+        return min(64, self.length - self.window)
+
+    def _fit_early(self) -> tuple[int, int]:
+        first = max(self.window, min(8, self.length // 4))
+        stop = min(max(64, 2 * first), self.length // 2)
+        _expect(
+            first < stop,
+            f"length={self.length} leaves no early queries between window={self.window} and the last half: use a "
+            f"length of at least {2 * self.window + 2}, or a smaller window",
+        )
+        return first, stop
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `Protocol.from_dict` reads them back."""
@@ -175,6 +213,17 @@ class Protocol:
         return {row for row in rows if row < self.length} | {self.length - 1}
 
 
+MOST = 10**7
+"""Of anything that is counted; no machine holds more."""
+MOST_GROUPS = 32
+"""Groups where they are left out; more add nothing to the intervals that is worth their memory."""
+
+
+def _most_groups(sequences: int) -> int | None:
+    """The largest number of groups that fits, or None."""
+    return next((n for n in range(MOST_GROUPS, _LEAST["groups"] - 1, -1) if sequences % n == 0), None)
+
+
 _LEAST = {
     "sequences": 1,
     "length": 16,
@@ -192,9 +241,9 @@ def _expect(holds: bool, message: str) -> None:
         raise ValueError(f"protocol: {message}")
 
 
-def _expect_type(name: str, value: Any, default: Any) -> None:
-    """A field takes the type of its default; an int is also a float, a bool is never an int."""
-    wanted = type(default)
+def _expect_type(name: str, value: Any, hint: Any) -> None:
+    """A field takes its annotation's type; an int is also a float, a bool is never an int."""
+    wanted = typing.get_origin(hint) or hint
     accepted = (int, float) if wanted is float else wanted
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise TypeError(f"protocol: {name} takes {wanted.__name__}, found {value!r}")
+        raise TypeError(f"protocol: {name} takes {in_words(hint)}, found {value!r}")

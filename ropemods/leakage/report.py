@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ropemods.atomic import write_text
+from ropemods.atomic import read_text, write_text
 from ropemods.leakage.record import RecordError, decode, dumps, encode
 from ropemods.wording import TERMS, count, number
 
@@ -243,7 +243,7 @@ class Report:
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Report:
         """Read a report. A file of another schema, or a damaged one, is an error that says so."""
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -251,6 +251,8 @@ class Report:
                 f"{path} is not JSON (line {error.lineno}: {error.msg}). Was it cut short? "
                 "Measure again, or restore the file."
             ) from None
+        except RecursionError:
+            raise RecordError(f"{path} is not a ropemods report: its lists are nested too deeply") from None
         if not isinstance(data, dict) or "schema" not in data:
             raise RecordError(
                 f"{path} is not a ropemods report: it has no 'schema' key. "

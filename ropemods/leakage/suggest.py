@@ -46,6 +46,7 @@ from ropemods.leakage.reading import bos_mass
 from ropemods.leakage.record import dumps, encode
 from ropemods.leakage.report import Usage
 from ropemods.mods.learned_sink import sink_with_mass
+from ropemods.mods.truncated_rope import TruncatedRoPE
 from ropemods.wording import markdown_table, number, percent
 
 if TYPE_CHECKING:
@@ -146,17 +147,20 @@ def suggest(
     """
     if length < 2:
         raise ValueError(f"length={length}: at least 2 tokens, best the length that the model will be used at")
+    for name, limit in (("max_phase", max_phase), ("max_usage", max_usage)):
+        if not limit >= 0:
+            raise ValueError(f"{name}={limit}: at least 0, which drops nothing")
     called = unwrapped(model)
     inner = base_model(called)
-    groups = min(8, sequences) if sequences >= 8 else 8
-    protocol = Protocol(
-        sequences=-(-sequences // groups) * groups,
-        length=crop,
-        groups=groups,
-        early=(8, min(64, crop // 2)),
-        grid_rows=min(64, crop - 8),
-        seed=seed,
-        mask_term=False,
+    protocol = Protocol.from_dict(
+        {
+            "sequences": sequences,
+            "length": crop,
+            "groups": None if sequences % 8 else 8,  # no interval is given, so few will do
+            "window": max(2, min(8, crop // 4)),
+            "seed": seed,
+            "mask_term": False,
+        }
     )
     crops = make_crops(read_documents(documents, seed=seed), tokenizer, protocol, bos_token_id=bos_token_id)
     collected: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -274,7 +278,7 @@ def _share_kept(kept: int, bands: int) -> float:
     """The smallest round share that `TruncatedRoPE` floors to this many bands."""
     for digits in range(1, 17):
         share = round(kept / bands, digits)
-        if int(share * 2 * bands // 2) == kept:
+        if share < 1 and TruncatedRoPE(share).kept(bands) == kept:
             return share
     return kept / bands
 

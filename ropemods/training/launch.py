@@ -45,6 +45,8 @@ def command(
         raise ValueError(f"hostfile is read by deepspeed, and the launcher is {launcher}")
     if port is not None and launcher == "python":
         raise ValueError("port is where several processes meet, and launcher=python starts one")
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"port={port}: from 1 to 65535")
     if launcher in ("torchrun", "deepspeed") and num_processes is None:
         raise ValueError(f"launcher={launcher} needs num_processes, on all machines together")
     asked = [] if num_processes is None else ["--world_size", str(num_processes)]

@@ -16,7 +16,7 @@ from typing import Any
 from ropemods.cli.mods import mod_from, mod_record
 from ropemods.extras import need
 from ropemods.leakage.protocol import Protocol
-from ropemods.options import REQUIRED, build, checked, converted, declared, did_you_mean, fields, from_text
+from ropemods.options import REQUIRED, build, checked, converted, declared, did_you_mean, fields, from_text, items
 from ropemods.penalty import Penalty
 from ropemods.strict_yaml import read, scalar
 from ropemods.training.recipe import Options, Recipe
@@ -160,9 +160,9 @@ def _overlaid(values: dict[Any, Any], given: Mapping[str, Any]) -> dict[Any, Any
             raise ValueError(f"--{key}: {outer} is a list here; give it whole, --{outer} '[{{...}}]'")
         values[outer] = {**held, inner: value}
     tuples = [name for name, hint in typing.get_type_hints(Options).items() if typing.get_origin(hint) is tuple]
-    for name in tuples:  # --arms base
+    for name in tuples:  # --arms base, --arms base,control
         if isinstance(values.get(name), str):
-            values[name] = [values[name]]
+            values[name] = items([values[name]])
     return values
 
 

@@ -74,7 +74,7 @@ def example(name: str) -> list[list[str]]:
 
 def test_the_examples_in_the_help_texts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_tokenizer(save_tiny(tmp_path / "meta-llama" / "Llama-3.2-1B"))
+    save_tokenizer(save_tiny(tmp_path / "HuggingFaceTB" / "SmolLM2-135M"))
     for name in ("apply", "show"):
         for line in example(name):
             assert main(line) == 0, line
@@ -82,10 +82,10 @@ def test_the_examples_in_the_help_texts_run(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_export_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_tiny(tmp_path / "meta-llama" / "Llama-3.2-1B")
+    save_tiny(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     for line in example("export"):
         assert main(line) == 0, line
-    AutoModelForCausalLM.from_pretrained("llama-stock")
+    AutoModelForCausalLM.from_pretrained("smollm2-stock")
 
 
 def test_a_reader_that_stops_early_is_no_error(here: Path) -> None:
@@ -94,3 +94,22 @@ def test_a_reader_that_stops_early_is_no_error(here: Path) -> None:
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     process.wait(timeout=60)
+
+
+def test_help_and_version_are_had_in_every_usual_way(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for line in ("--help", "-h", "help", "--version", "-V", "measure --help", "help measure"):
+        run(line)
+        said[line] = capsys.readouterr().out
+    assert said["--help"] == said["-h"] == said["help"] and said["--version"] == said["-V"]
+    assert said["measure --help"] == said["help measure"]
+    assert said["--version"].startswith(f"ropemods {rm.__version__} (torch {torch.__version__}")
+    assert max(map(len, said["--help"].splitlines())) <= 100
+
+
+def test_usage_shows_lists_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    run("measure --help")
+    text = capsys.readouterr().out
+    assert "--early FIRST STOP  " in text and "8 64, 8,64" in text
+    run("train --help")
+    assert capsys.readouterr().out.startswith("usage: ropemods train RECIPE [options] [-- flags ...]\n")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -77,14 +78,31 @@ def test_measure_reads_modified_checkpoints_and_adapters(texts: Path, adapter: t
     assert rm.Report.from_json("stock.json").terms["total"].all.value != report.terms["total"].all.value
 
 
-def test_interventions_and_controls_run_on_request(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(f"measure model --text books.jsonl {SMALL} --interventions zero reference --reference 3 --controls")
+def test_what_follows_from_other_options_fits_them() -> None:
+    asked = Options(model="m", text="t", sequences=48, length=64).protocol()
+    assert asked == Protocol(sequences=48, length=64, groups=24, early=(8, 32), grid_rows=56)
+
+
+def test_a_report_goes_to_standard_output_and_to_nowhere(texts: Path) -> None:
+    words = f"measure model --text books.jsonl {SMALL} --skip_mask --output /dev/stdout --html /dev/null".split()
+    done = subprocess.run([*PROGRAM, *words], env=ENVIRONMENT, cwd=texts, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert report["schema"] and "# Leakage of model" in done.stdout[end:]
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("names", ["zero reference", "zero,reference", "zero, reference"])
+def test_interventions_and_controls_run_on_request(texts: Path, capsys: pytest.CaptureFixture[str], names: str) -> None:
+    run(f"measure model --text books.jsonl {SMALL} --interventions {names} --reference 3 --controls")
     printed = capsys.readouterr().out
     assert "random token, mean of 3" in printed and "position 0 across prompts" in printed
 
 
 def test_short_documents_are_joined_when_asked(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (texts / "short.txt").write_text("\n\n".join(" ".join(f"w{3 + n % 58}" for n in range(9)) for _ in range(2000)))
+    draw = random.Random(1)
+    short = (" ".join(f"w{draw.randrange(3, zoo.VOCAB)}" for _ in range(9)) for _ in range(2000))
+    (texts / "short.txt").write_text("\n\n".join(short))
     words = f"measure model --text short.txt --separator blank-line {SMALL}"
     assert "too little text" in refused(words, capsys)
     run(words + " --join")
@@ -112,8 +130,13 @@ def test_suggest_prints_bands_and_proposals(texts: Path, capsys: pytest.CaptureF
 
 
 def test_mistakes_are_answered_before_anything_is_measured(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "folder does not exist" in refused("measure model --text books.jsonl --output no/report.json", capsys)
-    assert "sequences=100" in refused("measure model --text books.jsonl --sequences 100", capsys)
+    assert "the folder no does not exist" in refused("measure model --text books.jsonl --output no/report.json", capsys)
+    assert "it is a folder" in refused("measure model --text books.jsonl --output model", capsys)
+    assert "written over books.jsonl" in refused("measure model --text books.jsonl --output ./books.jsonl", capsys)
+    assert "written over books.jsonl" in refused("suggest model --text books.jsonl --output books.jsonl", capsys)
+    assert "written over r" in refused("measure model --text books.jsonl --output r --html ./r", capsys)
+    assert "sequences=97" in refused("measure model --text books.jsonl --sequences 97", capsys)
+    assert "use 96 or 128" in refused("measure model --text books.jsonl --sequences 100 --groups 32", capsys)
     assert "no intervention 'zeros'" in refused("measure model --text books.jsonl --interventions zeros", capsys)
     assert "no such file" in refused("measure model --text book.jsonl", capsys)
     assert "--text" in refused("measure model", capsys)
@@ -164,8 +187,8 @@ def test_the_examples_in_the_help_texts_run(texts: Path) -> None:
     words = [f"w{n}" for n in range(3, zoo.VOCAB)]
     rows = (" ".join(draw.choices(words, k=2500)) for _ in range(120))
     (texts / "books.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    (texts / "meta-llama").mkdir()
-    os.rename("model", "meta-llama/Llama-3.2-1B")
+    (texts / "HuggingFaceTB").mkdir()
+    os.rename("model", "HuggingFaceTB/SmolLM2-135M")
     for name in ("measure", "suggest"):
         for line in textwrap.dedent(load(name).example).strip().splitlines():
             run(line.removeprefix("ropemods "))

@@ -119,8 +119,10 @@ def test_shards_share_out_every_sequence_once_in_equal_numbers(world):
 
 
 def test_no_more_text_is_tokenised_than_the_crops_need():
-    texts = make_texts([300] * 5) * 400  # 2000 documents
-    tokenizer, read = make_tokenizer(texts[:5]), []
+    few = make_texts([300] * 7)
+    tokenizer, read = make_tokenizer(few), []
+    words = [text.split() for text in few]
+    texts = [" ".join(words[n % 7][n // 7 :] + words[n % 7][: n // 7]) for n in range(2000)]
 
     class Counting(type(tokenizer)):  # type: ignore[misc]
         def __call__(self, text: str, **options: Any) -> Any:
@@ -198,3 +200,35 @@ def test_a_rank_outside_the_world_is_refused():
     crops, _ = crops_of([300] * 20)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         crops.shard(2, 2)
+
+
+def test_copies_of_a_document_are_no_further_documents():
+    texts = make_texts([4000])
+    tokenizer = make_tokenizer(texts)
+    once, often = (make_crops(Documents(texts * n, "copies"), tokenizer, PROTOCOL) for n in (1, 40))
+    assert torch.equal(once.tokens_NT, often.tokens_NT) and once.documents == often.documents
+    assert "39 of 40 documents are copies of others and were left out" in often.notes
+
+
+def test_crops_that_repeat_each_other_are_pointed_out():
+    texts = [f"t{n} " + "one two three " * 200 for n in range(20)]
+    crops = make_crops(Documents(texts, "rhyme"), make_tokenizer(texts), PROTOCOL)
+    assert any("crops are copies of others" in note for note in crops.notes)
+
+
+def test_a_tokenizer_that_does_not_know_the_text_is_pointed_out():
+    known = make_texts([200] * 20)
+    tokenizer = make_tokenizer(known)
+    mixed = [" ".join(word if n % 5 else "новое" for n, word in enumerate(text.split())) for text in known]
+    assert not any("unknown token" in note for note in make_crops(Documents(known, "a"), tokenizer, PROTOCOL).notes)
+    notes = make_crops(Documents(mixed, "b"), tokenizer, PROTOCOL).notes
+    assert any("20% of the text is the unknown token '<unk>'" in note for note in notes)
+    foreign = [f"совсем другое {n} " * 100 for n in range(20)]
+    with pytest.raises(ValueError, match="100% of the text in c is one token, '<unk>'"):
+        make_crops(Documents(foreign, "c"), tokenizer, PROTOCOL)
+
+
+@pytest.mark.parametrize("wrong", [None, "gpt2", 3])
+def test_what_is_no_tokenizer_is_named(wrong):
+    with pytest.raises(TypeError, match=f"found {type(wrong).__name__}; give the model's own"):
+        make_crops(Documents(["a text"], "a"), wrong, PROTOCOL)

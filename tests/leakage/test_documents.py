@@ -79,6 +79,11 @@ def test_a_text_file_is_split_at_end_of_text_and_else_is_one_document(tmp_path: 
         (b"[1]\n", "a.jsonl", "no column 'text'; found list"),
         (b"\xff\xfe\x00", "a.txt", "not UTF-8"),
         (b"\n \n", "a.txt", "no documents"),
+        (b'{"text": "\xe9"}\n', "a.jsonl", "a.jsonl: not UTF-8 text .byte 0xe9 at 10"),
+        (b"\x1f\x8b\x08 cut short", "a.jsonl.gz", "a.jsonl.gz: cannot be unpacked"),
+        (b"no xz", "a.txt.xz", "a.txt.xz: cannot be unpacked"),
+        (b"no parquet", "a.parquet", "a.parquet: no parquet file"),
+        (b"[" * 200_000, "a.jsonl", "line 1: its lists are nested too deeply"),
         (b"x", "a.pdf", "this kind of file is not read"),
         (None, "missing.txt", "no such file"),
         (None, "a:b:c:d", "name:config:split"),
@@ -92,9 +97,38 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content, name, says):
         read_documents(path if content is not None or "." in name else name)
 
 
-def test_anything_but_strings_is_refused():
-    with pytest.raises(TypeError, match="found int"):
-        read_documents(["a", 3])  # type: ignore[list-item]
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (["a", 3], "found int as number 1"),
+        (["a", None], "found NoneType as number 1"),
+        ([{"text": "a"}], r"found dict as number 0; give one field of every row, as \[row\['text'\] for row"),
+        ({"text": ["a", "b"]}, r"a dict with the keys 'text'; give the list of texts in it, as documents\['text'\]"),
+        (b"a text", "found bytes"),
+        (3, "found int"),
+        (None, "found NoneType"),
+    ],
+)
+def test_anything_but_strings_is_refused(source, says):
+    with pytest.raises(TypeError, match=says):
+        read_documents(source)
+
+
+def test_a_generator_of_texts_is_read_once():
+    documents = read_documents(text for text in TEXTS)
+    assert documents.texts == TEXTS and documents.source == "3 texts"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    for name, content in (("a.txt", "one"), ("a.jsonl", '{"text": "one"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert list(read_documents(tmp_path / name).texts) == ["one"]
+
+
+def test_copies_are_joined_once():
+    once = joined(Documents(TEXTS, "a"), characters=10)
+    often = joined(Documents(TEXTS * 3, "a"), characters=10)
+    assert once.texts == often.texts and "6 of 9 documents are copies" in often.notes[0]
 
 
 def test_joined_documents_hold_every_text_at_most_once():

@@ -139,6 +139,24 @@ def test_every_intervention_is_reported_with_an_interval_and_its_place() -> None
         assert each.early_residual.low <= each.early_residual.value <= each.early_residual.high
 
 
+def test_intervals_of_all_interventions_have_the_protocols_confidence() -> None:
+    narrow, wide = (
+        rm.measure(
+            zoo.build("llama"),
+            tokenizer(),
+            documents(),
+            dataclasses.replace(PROTOCOL, confidence=confidence),
+            interventions=("zero", "reference", "clamp", "carrier"),
+            reference=3,
+            progress=False,
+        )
+        for confidence in (0.5, 0.99)
+    )
+    for one, other in zip(narrow.interventions, wide.interventions, strict=True):
+        inner, outer = (each.early_residual.high - each.early_residual.low for each in (one, other))
+        assert outer > 2 * inner, one.name
+
+
 def test_changes_are_paired_and_ranked_in_the_reference_distribution() -> None:
     model = zoo.build("gpt_neox")
     with torch.no_grad():  # learnt positions make a residual that is far above 0 even in a few crops
@@ -182,7 +200,7 @@ def test_no_bos_is_refused_by_a_model_that_needs_it_and_said_so() -> None:
 
 def test_a_mean_of_estimates_is_formed_replicate_by_replicate() -> None:
     draws = np.random.default_rng(0).standard_normal(100)
-    both = mean([Estimate(1.0, 0, 2, tuple(1 + draws)), Estimate(3.0, 2, 4, tuple(3 - draws))])
+    both = mean([Estimate(1.0, 0, 2, tuple(1 + draws)), Estimate(3.0, 2, 4, tuple(3 - draws))], 0.95)
     assert both.value == 2 and both.low == pytest.approx(2) and both.high == pytest.approx(2)
 
 

@@ -75,6 +75,13 @@ def test_the_batch_size_moves_no_number() -> None:
     assert report.protocol_hash == PROTOCOL.hash()
 
 
+def test_another_reports_protocol_and_a_generator_of_texts_will_do() -> None:
+    model = zoo.build("llama")
+    first = measured(model)
+    again = rm.measure(model, tokenizer(), (text for text in documents()), first.protocol, progress=False)
+    assert apart(first, again) == 0 and again.protocol_hash == first.protocol_hash
+
+
 def test_a_report_survives_its_file(tmp_path: Path) -> None:
     report = measured(zoo.build("llama"))
     again = rm.Report.from_json(report.to_json(tmp_path / "report.json"))
@@ -144,6 +151,34 @@ def test_nan_in_one_head_names_its_layer_and_head_and_keeps_the_rest(layer: int)
         assert heads[head] == pytest.approx(whole.terms["residual"].heads.all[layer][head], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("lm_head.weight", r"lm_head \(Linear\), whose weight holds 32 such values of 1952"),
+        ("model.norm.weight", r"model.norm \(LlamaRMSNorm\), whose weight holds 1 such values"),
+        ("model.embed_tokens.weight", r"model.embed_tokens \(Embedding\), whose weight holds 32"),
+        ("model.layers.0.mlp.up_proj.weight", r"model.layers.0.mlp.up_proj \(Linear\), whose weight"),
+        ("model.layers.1.self_attn.o_proj.weight", r"model.layers.1.self_attn.o_proj \(Linear\), whose weight"),
+    ],
+)
+def test_nan_in_the_logits_is_an_error_that_says_where_it_first_appears(broken: str, says: str) -> None:
+    model = zoo.build("llama")
+    with torch.no_grad():
+        model.get_parameter(broken)[5] = float("nan")
+    with pytest.raises(ValueError, match=says):
+        measured(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nan_of_some_heads_is_not_laid_at_the_masks_door() -> None:
+    model = zoo.build("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[8:16] = float("nan")
+    notes = measured(model).notes
+    assert not any("which keys a query sees" in note for note in notes)
+    assert any("first appears in model.layers.0.self_attn.q_proj" in note for note in notes)
+
+
 def test_an_interrupted_measurement_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("llama", dtype=torch.bfloat16)
     ids = zoo.tokens()
@@ -174,6 +209,14 @@ def test_bad_input_is_an_error_that_says_what_to_do() -> None:
         measured(model, interventions=("zeros",))
     with pytest.raises(ValueError, match="vocabulary of 40"):
         measured(zoo.build("llama", vocab_size=40))
+    with pytest.raises(TypeError, match=r"write \['zero'\]"):
+        measured(model, interventions="zero")
+    with pytest.raises(TypeError, match="a tokenizer is needed to read text, found NoneType"):
+        rm.measure(model, None, documents(), PROTOCOL, progress=False)
+    with pytest.raises(TypeError, match="protocol is a Protocol or a mapping of its fields, found 48"):
+        rm.measure(model, tokenizer(), documents(), 48, progress=False)
+    with pytest.raises(ValueError, match="a protocol has no sequence;"):
+        rm.measure(model, tokenizer(), documents(), {"sequence": 48}, progress=False)
     with pytest.raises(TypeError, match="transformers model"):
         measured(torch.nn.Linear(2, 2))
 

@@ -53,11 +53,15 @@ def test_all_fields_are_covered_by_the_two_tests_above():
 @pytest.mark.parametrize(
     ("field", "says"),
     [
-        ({"sequences": 400}, "use 384 or 416"),
+        ({"sequences": 400, "groups": 32}, "use 384 or 416 sequences, or groups=25"),
+        ({"sequences": 4}, "use 8$"),
+        ({"replicates": 10**12}, "at most 10000000"),
+        ({"sequences": 97}, "use 96 or 98$"),
+        ({"length": 16}, "at least 18, or a smaller window"),
         ({"early": (4, 64)}, "window=8"),
         ({"early": (8, 300)}, "at least 600"),
         ({"early": (8, 64, 99)}, "two queries"),
-        ({"length": 64}, "last half"),
+        ({"length": 64, "early": (8, 64)}, "last half"),
         ({"grid_rows": 600}, "between 7 .* and 504"),
         ({"dtype": "int8"}, "bfloat16"),
         ({"text": "natural"}, "unigram"),
@@ -75,6 +79,23 @@ def test_values_that_cannot_be_are_refused_with_the_fix(field, says):
 def test_a_wrong_type_is_refused(field):
     with pytest.raises(TypeError, match=next(iter(field))):
         Protocol(**field)
+
+
+@given(st.integers(8, 600), st.integers(16, 700), st.integers(2, 64))
+def test_what_is_left_out_fits_what_is_asked(sequences, length, window):
+    try:
+        protocol = Protocol(sequences=sequences, length=length, window=window)
+    except ValueError as error:
+        assert re.search(r"use (\d+|a length of at least \d+)", str(error))
+        return
+    assert protocol.sequences % protocol.groups == 0
+    assert window <= protocol.early[0] < protocol.early[1] <= protocol.late
+    assert len(protocol.grid()) == protocol.grid_rows
+
+
+def test_what_is_left_out_is_what_it_always_was_where_that_fits():
+    assert Protocol() == Protocol(groups=32, grid_rows=64, early=(8, 64))
+    assert Protocol(sequences=48).groups == 24
 
 
 def test_an_unknown_key_is_refused():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ropemods as rm
@@ -72,6 +72,7 @@ def test_a_cut_keeps_within_both_limits_and_one_more_band_would_not(
 
 
 @given(st.integers(2, 128).flatmap(lambda F: st.tuples(st.integers(1, F - 1), st.just(F))))
+@example((57, 100))
 def test_the_share_is_one_that_TruncatedRoPE_floors_to_the_bands_meant(case: tuple[int, int]) -> None:
     kept, F = case
     share = _share_kept(kept, F)
@@ -120,3 +121,23 @@ def test_bad_input_is_an_error_that_says_what_to_do() -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=zoo.VOCAB, n_positions=64)
     with pytest.raises(ValueError, match="no rotary bands"):
         suggested(GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize("crop", [16, 17, 20])
+def test_short_crops_will_do(crop: int) -> None:
+    suggestion = rm.suggest(zoo.build("llama"), tokenizer(), documents(), 64, sequences=9, crop=crop, progress=False)
+    assert len(suggestion.sink) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"crop": 15}, "length=15: at least 16"),
+        ({"sequences": 4}, "sequences=4 .* use 8$"),
+        ({"max_phase": float("nan")}, "max_phase=nan: at least 0"),
+        ({"max_usage": -1.0}, "max_usage=-1.0: at least 0"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        rm.suggest(zoo.build("llama"), tokenizer(), documents(), 64, progress=False, **options)
