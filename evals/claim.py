@@ -35,6 +35,8 @@ from ropemods.atomic import write_text
 from ropemods.leakage.measure import versions
 
 PROGRAMS = (
+    "untrained",
+    "penalty",
     "max_retrieval",
     "prope_from_scratch",
     "retrieval",
@@ -45,7 +47,6 @@ PROGRAMS = (
     "step_cost",
     "schedule",
     "before_after",
-    "penalty",
     "dose",
     "harness",
 )

@@ -1,7 +1,7 @@
 """Everything that a GPU must show, in one command, in an order that loses least if it is cut short.
 
     python -m evals gpu --minutes 8 --out FOLDER          what is not in FOLDER yet
-    python -m evals gpu --page FOLDER                     its figures into evals/bench.md, nothing measured
+    python -m evals gpu --page --out FOLDER               what is there into evals/results/gpu.json and evals/bench.md
 
 1. `tune`: block sizes (`gpu_tuning`), written to ropemods/attention/triton/blocks.json. What follows runs with them, so
    on a card whose sizes are known, leave it out (`--only correct bench steps`).
@@ -32,13 +32,17 @@ from typing import Any
 
 import torch
 
-from evals import gpu_checks, gpu_steps
-from evals.claim import Cells
+from evals import gpu_checks, gpu_page, gpu_steps
+from evals.claim import RESULTS, Cells
+from ropemods.atomic import write_text
 from ropemods.attention import paths
 from ropemods.bench.subjects import SUBJECTS, Shape
 from ropemods.bench.survey import Plan, machine, survey
+from ropemods.bench.tables import between
 from ropemods.leakage.measure import versions
 
+PAGE = Path(__file__).parent / "bench.md"
+ABOUT = "machine.json"
 PHASES = ("tune", "correct", "bench", "steps")
 OURS = ("flash", "triton", "triton-rows")
 TUNED = (
@@ -57,6 +61,9 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.toy = self.device == "cpu"
         self.cells = Cells(folder, say=lambda line: print(line, flush=True))
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"machine": machine(self.device), "rehearsal": self.toy, "versions": versions()}
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
     def all_of(self, jobs: Iterator[Job] | list[Job]) -> None:
         for name, job in jobs:
@@ -101,10 +108,9 @@ def tune(run: Run) -> None:
         return  # times of an interpreter choose nothing
     from evals.gpu_tuning import tune as tuned
 
-    options = {"dtype": "bfloat16", "length": 4096, "heads": 16, "workers": run.workers, "deadline": run.deadline}
-    say = partial(print, flush=True)
+    options: dict[str, Any] = {"dtype": "bfloat16", "length": 4096, "heads": 16, "workers": run.workers}
     run.all_of(
-        [(f"tune/{dim}", partial(tuned, kernels=TUNED, head_dims=(dim,), say=say, **options)) for dim in (64, 128)]
+        (f"tune/{kernel}/{dim}", partial(tuned, kernel, dim, **options)) for dim in (64, 128) for kernel in TUNED
     )
 
 
@@ -152,8 +158,9 @@ def steps(run: Run) -> None:
 
 
 def gathered(folder: Path) -> dict[str, Any]:
-    """What the parts found, by phase and name."""
-    found: dict[str, Any] = {phase: {} for phase in PHASES}
+    """What the parts found, by phase and name, and on which machine."""
+    about = json.loads((folder / ABOUT).read_text())
+    found: dict[str, Any] = about | {"command": "python -m evals gpu"} | {phase: {} for phase in PHASES}
     for file in sorted(folder.glob("*.json")):
         cell = json.loads(file.read_text())
         if "cell" in cell:
@@ -169,15 +176,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="FOLDER", help="default: runs/gpu")
     parser.add_argument("--only", nargs="*", choices=PHASES, default=PHASES, metavar="PHASE", help=", ".join(PHASES))
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--page", action="store_true", help="measure nothing; write what is in FOLDER to the page")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    if options.page:
+        found = gathered(options.out)
+        write_text(RESULTS / "gpu.json", json.dumps(found, indent=1) + "\n")
+        write_text(PAGE, between(PAGE.read_text(encoding="utf-8"), *gpu_page.MARKS, gpu_page.page(found)))
+        print(f"wrote {RESULTS / 'gpu.json'} and {PAGE}")
+        return 0
     if not torch.cuda.is_available():
         print("no GPU here: toy sizes in Triton's interpreter, a rehearsal and no measurement", flush=True)
     run = Run(options.out, options.minutes, options.workers)
     for phase in options.only:
         print(f"== {phase}", flush=True)
         {"correct": correct, "tune": tune, "bench": bench, "steps": steps}[phase](run)
-    found = {"machine": machine(run.device), "rehearsal": run.toy, "versions": versions()} | gathered(options.out)
+    found = gathered(options.out)
     (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     wrong = [name for name, each in found["correct"].items() if not each.get("holds")]
     print(f"{len(found['correct'])} checks, {len(wrong)} do not hold: {', '.join(wrong) or 'none'}", flush=True)

@@ -7,11 +7,9 @@ with the other kernels as they were.
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -19,10 +17,11 @@ from typing import Any
 import torch
 
 from ropemods.atomic import write_text
-from ropemods.attention.rows import Rows
+from ropemods.attention.rows import Rows, Temperature
 from ropemods.attention.triton import blocks
 from ropemods.attention.triton.blocks import Blocks
 from ropemods.bench.subjects import SUBJECTS, Problem, Shape
+from ropemods.mods.adaptive_temperature import PUBLISHED
 
 FORWARD = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 3), (128, 32, 4, 4))
 CANDIDATES = {
@@ -66,7 +65,8 @@ def call(kernel: str, head_dim: int, dtype: str, length: int, heads: int) -> Cal
     if kernel.startswith("statistics"):
         from ropemods.attention.triton.entropy import entropy
 
-        rows = Rows(problem.q, problem.k, problem.v, mask=None, causal=True, scale=problem.scale)
+        rule = Temperature(torch.tensor([PUBLISHED], device="cuda"), torch.ones((), device="cuda"), None, False)
+        rows = Rows(problem.q, problem.k, problem.v, mask=None, causal=True, scale=problem.scale, temperature=rule)
 
         def read() -> None:
             with torch.set_grad_enabled(training):
@@ -123,34 +123,18 @@ def warm(jobs: Iterable[tuple[str, int, str, Blocks]], workers: int) -> dict[tup
         return dict(zip(listed, pool.map(compiled, listed), strict=True))
 
 
-def tune(
-    *, kernels: Iterable[str], head_dims: Iterable[int], dtype: str, length: int, heads: int, workers: int,
-    deadline: float, say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """The fastest size of each, put in force and written to the table that ships; every time that was taken."""
-    jobs = [
-        (kernel, dim, dtype, size)
-        for kernel, dim in itertools.product(kernels, head_dims)
-        for size in candidates(kernel)
-    ]
+def tune(kernel: str, head_dim: int, *, dtype: str, length: int, heads: int, workers: int) -> dict[str, Any]:
+    """The fastest size, put in force and written to the table that ships; and every time that was taken."""
+    jobs = [(kernel, head_dim, dtype, size) for size in candidates(kernel)]
     failures = warm(jobs, workers)
-    say(f"tuning: {len(jobs)} candidates compiled, {sum(f is not None for f in failures.values())} do not fit")
-    found: dict[str, Any] = {}
-    for (kernel, dim), group in itertools.groupby(jobs, key=lambda job: job[:2]):
-        if time.monotonic() > deadline:
-            say("tuning: out of time")
-            break
-        run = call(kernel, dim, dtype, length * (4 if kernel == "decode" else 1), heads)
-        use(kernel, dim, dtype, None)
-        times = {"default": milliseconds(run)}
-        for job in group:
-            if failures[job] is None:
-                use(*job)
-                times["x".join(map(str, job[3]))] = milliseconds(run)
-        best = min(times, key=lambda each: times[each])
-        use(kernel, dim, dtype, None if best == "default" else Blocks(*map(int, best.split("x"))))
-        name = blocks.name(kernel, dim, getattr(torch, dtype))
-        found[name] = {"best": best, "ms": times, "failed": sorted({f for f in failures.values() if f is not None})[:3]}
-        say(f"tuning {name}: {best}, {times[best]:.3f} ms against {times['default']:.3f}")
+    run = call(kernel, head_dim, dtype, length * (4 if kernel == "decode" else 1), heads)
+    use(kernel, head_dim, dtype, None)
+    times = {"default": milliseconds(run)}
+    for job in jobs:
+        if failures[job] is None:
+            use(*job)
+            times["x".join(map(str, job[3]))] = milliseconds(run)
+    best = min(times, key=lambda each: times[each])
+    use(kernel, head_dim, dtype, None if best == "default" else Blocks(*map(int, best.split("x"))))
     write_text(blocks.MEASURED, json.dumps(blocks.table(), indent=1, sort_keys=True) + "\n")
-    return found
+    return {"best": best, "ms": times, "failed": sorted({f for f in failures.values() if f is not None})[:3]}

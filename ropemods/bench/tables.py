@@ -41,9 +41,14 @@ START, END = "<!-- table -->", "<!-- end of table -->"
 
 def into_page(page: str, rows: Sequence[Row]) -> str:
     """The page with the table between its marks replaced."""
-    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
-        raise ValueError(f"the page must have the lines {START} and {END} once each, with the table's place between")
-    return page[: page.index(START) + len(START)] + "\n" + table(rows) + "\n" + page[page.index(END) :]
+    return between(page, START, END, table(rows))
+
+
+def between(page: str, start: str, end: str, text: str) -> str:
+    """The page with what stands between two marks replaced."""
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise ValueError(f"the page must have the lines {start} and {end} once each, with the table's place between")
+    return page[: page.index(start) + len(start)] + "\n" + text + "\n" + page[page.index(end) :]
 
 
 def plot(rows: Sequence[Row]) -> str:

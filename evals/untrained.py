@@ -1,0 +1,124 @@
+"""What each modification costs a real model before any training, and what it does to its leakage.
+
+**Claim.** A modification for an existing model should start at the model: put on untrained, at strength 1, it should
+cost next to no loss, and not raise what it is there to lower.
+
+**Protocol.** SmolLM2-135M, a trained model with a real attention sink. 64 stationarised crops of 256 tokens of held-out
+books, the same for every modification, so changes are paired; LearnedSink calibrated on other crops. Leakage is that of
+early queries, mean of layers 1 and up. Nothing is trained, and nothing is chosen by what is reported here.
+
+**Against it** would be a loss that rises by more than 1%, or a residual that rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ropemods as rm
+from evals.claim import Learned, Unavailable
+from evals.measured import measured, ratio
+from ropemods.leakage.crops import make_crops
+from ropemods.leakage.documents import read_documents
+from ropemods.mods import Mod
+from ropemods.training import smollm2
+from ropemods.wording import markdown_table
+
+MODS: tuple[Mod, ...] = (
+    rm.TruncatedRoPE(keep=0.75),
+    rm.TruncatedRoPE(keep=0.5),
+    rm.ReplacedBos(by="mean"),
+    rm.ReplacedBos(by="zero"),
+    rm.UnrotatedBos(),
+    rm.LearnedSink(),
+    rm.LearnedSink(raised=2.0),
+    rm.LearnedSink(init=0.0),
+    rm.AdaptiveTemperature(),
+)
+PROTOCOL = {
+    "nano": {
+        "seeds": [0],
+        "model": smollm2.NAME,
+        "checksum": smollm2.SHA256,
+        "mods": [str(mod) for mod in MODS],
+        "length": 256,
+        "crops": 64,
+        "calibration_crops": 8,
+    }
+}
+CHANGES = ("loss", "residual", "total", "bos_mass", "position1_mass")
+DIGITS = {"loss": 2, "residual": 0, "total": 0}
+
+
+def run(scale: str, data: Path, cells: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    p: dict[str, Any] = PROTOCOL[scale]
+    try:
+        folder = smollm2.fetch()
+    except smollm2.CannotBeHad as error:
+        raise Unavailable(str(error)) from error
+    tokenizer, documents = AutoTokenizer.from_pretrained(folder), read_documents(data / "text" / "books.valid.jsonl.xz")
+    protocol = rm.Protocol(sequences=p["crops"], length=p["length"], mask_term=False)
+    apart = rm.Protocol(sequences=p["calibration_crops"], length=p["length"], seed=1)
+    batch_BT = make_crops(documents, tokenizer, apart).tokens_NT
+
+    def at(mod: Mod | None) -> dict[str, Any]:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        if mod is not None:
+            rm.apply(model, mod, calibration=batch_BT if mod.calibrates else None)
+        return measured(model, tokenizer, documents, protocol)
+
+    found = cells({"stock": lambda: at(None)} | {str(mod): lambda mod=mod: at(mod) for mod in MODS})
+    stock = found.pop("stock")
+    changes = {name: {what: _change(each, stock, what) for what in CHANGES} for name, each in found.items()}
+    return {"stock": {what: stock[what]["value"] for what in CHANGES}, "changes": changes}
+
+
+def _change(each: Any, stock: Any, what: str) -> dict[str, float]:
+    """Relative; of a mass, which may begin near 0, the mass itself."""
+    if what not in DIGITS:
+        return {"value": each[what]["value"]}
+    estimate = ratio([each], [stock], what)
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _said(change: dict[str, float], what: str) -> str:
+    if what not in DIGITS:
+        return f"{change['value']:.1%}"
+    value, low, high = (f"{100 * change[key]:+.{DIGITS[what]}f}".replace("-", "−") for key in ("value", "low", "high"))
+    return f"{value}% [{low}, {high}]"
+
+
+def section(found: dict[str, Any]) -> str:
+    p, stock = found["protocol"], found["stock"]
+    rows = [(name, *(_said(each[what], what) for what in CHANGES)) for name, each in found["changes"].items()]
+    head = ("modification", "loss", "early residual", "early total", "mass on BOS", "on position 1")
+    return "\n\n".join(
+        (
+            "## Put on a real model, untrained",
+            f"{p['model']}, {p['crops']} crops of {p['length']} tokens of books that are held out here. Stock: loss "
+            f"{stock['loss']:.3f}, early residual {stock['residual']:.4f}, early total {stock['total']:.3f}, mass on BOS "
+            f"{stock['bos_mass']:.1%}, on position 1 {stock['position1_mass']:.1%}. Changes with 95% intervals over "
+            "documents.",
+            markdown_table(head, rows),
+        )
+    )
+
+
+def learned(found: dict[str, Any]) -> list[Learned]:
+    changes = found["changes"]
+    dearest = max(changes, key=lambda name: changes[name]["loss"]["value"])
+    free = [name for name, each in changes.items() if each["loss"]["high"] < 0.01]
+    lower = [name for name, each in changes.items() if each["residual"]["high"] < 0]
+    loss = changes[dearest]["loss"]
+    return [
+        Learned(
+            claim="Modifications put on a trained model cost little",
+            figure=f"{len(free)} of {len(changes)} less than 1% of loss; the dearest, {dearest}, {loss['value']:+.1%}",
+            interval=f"[{loss['low']:+.1%}, {loss['high']:+.1%}]",
+            paper="no paper puts them on untrained",
+            limits=f"{found['protocol']['model']}; {len(lower)} of them lower the early residual",
+        )
+    ]
