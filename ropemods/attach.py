@@ -120,7 +120,22 @@ def apply(
     except BaseException:
         _detach(inner)
         raise
+    if (elsewhere := _bos_elsewhere(inner, mods)) is not None:
+        warnings.warn(elsewhere, stacklevel=2)
     return model
+
+
+def _bos_elsewhere(model: PreTrainedModel, mods: Sequence[Mod]) -> str | None:
+    """What there is to say where a modification of the BOS token also meets that token inside and behind sequences."""
+    bos, ends = model.ropemods_attached.bos_token_id, model.config.get_text_config().eos_token_id
+    kinds = [mod.kind for mod in mods if bos is not None and mod.embedding_stage(bos) is not None]
+    if not kinds or bos not in (ends if isinstance(ends, list | tuple) else [ends]):
+        return None
+    return (
+        f"token {bos} begins sequences and ends them too in this model, and {kinds[0]} replaces its embedding wherever it "
+        "stands, as a row of the embedding table would; if your text has it inside or behind sequences, set "
+        "model.config.bos_token_id to a token that only begins them, and train with that"
+    )
 
 
 def _forget_compiled() -> None:
