@@ -21,7 +21,8 @@ RMSNorm, and almost all of it at the last step, from any strength below 1 to 1; 
 
 Strength 0 is the stock model. Nothing trains (the mean and noise vectors are fixed when the modification is applied).
 It costs nothing, and decoding is not touched: only the BOS token's input changes. All but `random_token` fold into
-the embedding row on export.
+the embedding row on export. What a row of the table can say is what is done: a BOS token inside a sequence is replaced
+too, which matters where the token that begins sequences also ends them; `apply` warns of such a model.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -120,6 +122,20 @@ def test_every_token_with_the_bos_id_is_replaced_as_a_folded_row_would() -> None
     with torch.no_grad():
         stock.model.embed_tokens.weight[zoo.BOS] = stock.model.embed_tokens.weight.mean(0)
     close(model(ids).logits, stock(ids).logits, 1e-6)
+
+
+@pytest.mark.parametrize("ends", [zoo.BOS, [5, zoo.BOS]])
+def test_a_bos_that_also_ends_sequences_is_said_to_be_replaced_there(ends) -> None:
+    model = zoo.build("llama")
+    model.config.eos_token_id = ends
+    with pytest.warns(UserWarning, match=r"token 1 begins sequences and ends them too .* replaced_bos replaces"):
+        rm.apply(model, ReplacedBos("mean"))
+
+
+def test_a_bos_that_only_begins_sequences_gives_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rm.apply(zoo.build("llama"), ReplacedBos("mean"))
 
 
 def test_a_tied_head_keeps_its_row_on_export(tmp_path) -> None:
