@@ -99,9 +99,9 @@ def section(found: dict[str, Any]) -> str:
         (
             "## Put on a real model, untrained",
             f"{p['model']}, {p['crops']} crops of {p['length']} tokens of books that are held out here. Stock: loss "
-            f"{stock['loss']:.3f}, early residual {stock['residual']:.4f}, early total {stock['total']:.3f}, mass on BOS "
-            f"{stock['bos_mass']:.1%}, on position 1 {stock['position1_mass']:.1%}. Changes with 95% intervals over "
-            "documents.",
+            f"{stock['loss']:.3f}, early residual {stock['residual']:.4f}, early total {stock['total']:.3f}, mass on "
+            f"BOS {stock['bos_mass']:.1%}, on position 1 {stock['position1_mass']:.1%}. Changes with 95% intervals "
+            "over documents.",
             markdown_table(head, rows),
         )
     )

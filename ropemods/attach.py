@@ -138,9 +138,11 @@ def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record |
     finish(model)
     rehearsal.check_dropout(model)
     embeds = model.get_input_embeddings()
-    with partition.gathered(embeds):
+    # Of the model's own table: an adapter's part is trained, and reloading takes the same from the base alone.
+    own = embedding.without_adapters(embeds)
+    with partition.gathered(own):
         for _, stage in _stages_of(embeds):
-            stage.measure(embeds)
+            stage.measure(own)
 
 
 def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) -> str | None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import ropemods as rm
 from ropemods.attention.rows import Rows
 from ropemods.hooks import interface
-from ropemods.hooks.sites import attention_layers
+from ropemods.hooks.sites import attention_layers, prepare_sites
 from ropemods.leakage import deviations
 from tests import zoo
 
@@ -78,6 +78,7 @@ def naive_deviations(model: nn.Module, ids: Tensor) -> Tensor:
         far = torch.stack([r[i] for i in late]).mean(0)
         found.append(torch.stack([r[i] - far for i in range(start, stop)], 1))
 
+    prepare_sites(model)
     with interface.passing(layers), interface.asked(model, listen):
         model(input_ids=ids, use_cache=False)
     return torch.stack(found[1:])

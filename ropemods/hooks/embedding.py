@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 
+from ropemods.mods.base import Table
+
 
 def install(model: PreTrainedModel) -> None:
     """Hook what the model embeds tokens with now."""
@@ -66,4 +68,12 @@ def stages_of(embedding: nn.Module) -> Any:
 
 def _after(embedding: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
     ids = args[0] if args else kwargs["input"]
-    return stages_of(embedding)(output, ids, embedding)
+    return stages_of(embedding)(output, ids, Table(embedding.weight.shape[0], embedding.forward))  # type: ignore[union-attr, index]
+
+
+def without_adapters(embedding: nn.Module) -> nn.Module:
+    """The model's own embedding, inside the adapters that may be around it."""
+    for name in ("base_layer", "original_module"):
+        if isinstance(inner := getattr(embedding, name, None), nn.Module):
+            return without_adapters(inner)
+    return embedding

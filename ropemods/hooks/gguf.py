@@ -136,7 +136,9 @@ def _file(path: str | os.PathLike[str], gguf_file: str, hub: dict[str, Any]) -> 
     if not (folder / gguf_file).is_file():
         others = _beside(folder)
         found = f"its GGUF files are {', '.join(others)}" if others else "there are no GGUF files in it"
-        raise FileNotFoundError(f"{path} has no file {gguf_file}; {found}")
+        raise FileNotFoundError(
+            f"{path} has no file {gguf_file!r}; {found}. Name one that is there, or leave gguf_file out"
+        )
     return folder / gguf_file
 
 

@@ -139,7 +139,12 @@ def asked(model: nn.Module, listener: Callable[[Asked], None]) -> Iterator[None]
 
 
 def _sites(model: nn.Module) -> list[AttentionSite]:
-    return [site for module in model.modules() if (site := site_of(module)) is not None]
+    sites = [site for module in model.modules() if (site := site_of(module)) is not None]
+    if not sites:
+        raise ValueError(
+            f"the attention layers of this {type(model).__name__} have not been prepared to be listened to"
+        )
+    return sites
 
 
 def use_stock(layers: list[nn.Module]) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ropemods.attention.rows import Rows
 from ropemods.hooks import interface
+from ropemods.hooks.partition import home
 from ropemods.hooks.probe import in_full_precision, quietly
 from ropemods.hooks.sites import AttentionSite, Stages, attention_layers
 from ropemods.mods import Mod
@@ -40,7 +41,7 @@ def checked(model: PreTrainedModel, mods: Sequence[Mod], batch: Any) -> Tensor:
             f"{wanted} and then text: this one has {batch.shape[0]} rows of {batch.shape[1]} tokens, so no token "
             "follows a BOS whose attention could be read"
         )
-    ids_BT = batch.to(model.device, torch.int64)
+    ids_BT = batch.to(home(model), torch.int64)
     weight, config = model.get_input_embeddings().weight, model.config.get_text_config()
     size = getattr(weight, "ds_shape", weight.shape)[0]
     if not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < size:

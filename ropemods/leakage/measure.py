@@ -70,7 +70,7 @@ def measure(
     inner = base_model(called)
     source = read_documents(documents, seed=protocol.seed)
     crops = make_crops(source, tokenizer, protocol, bos_token_id=bos_token_id)
-    _check_fit(inner, crops)
+    check_fit(inner, crops)
     notes = [*crops.notes, *_length_notes(inner, protocol)]
     dtype = precision.dtype_of(inner)
     wanted = dtype if protocol.dtype == "model" else precision.DTYPES[protocol.dtype]
@@ -161,7 +161,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _check_fit(model: nn.Module, crops: Crops) -> None:
+def check_fit(model: nn.Module, crops: Crops) -> None:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr]
     largest = int(crops.tokens_NT.max())
     if largest >= vocabulary:

@@ -23,6 +23,7 @@ Shapes: B batch, L layers, H query heads, T queries, F rotary bands.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from ropemods.leakage import curves
 from ropemods.leakage.capture import capture
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import read_documents
-from ropemods.leakage.measure import unwrapped, wavelengths
+from ropemods.leakage.measure import check_fit, unwrapped, wavelengths
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.reading import bos_mass
 from ropemods.leakage.record import dumps, encode
@@ -163,6 +164,7 @@ def suggest(
         }
     )
     crops = make_crops(read_documents(documents, seed=seed), tokenizer, protocol, bos_token_id=bos_token_id)
+    check_fit(inner, crops)
     collected: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def keep_sink(layer: int, rows: Rows, lse_BHT: Tensor) -> None:
@@ -280,7 +282,10 @@ def _share_kept(kept: int, bands: int) -> float:
         share = round(kept / bands, digits)
         if share < 1 and TruncatedRoPE(share).kept(bands) == kept:
             return share
-    return kept / bands
+    share = kept / bands
+    while TruncatedRoPE(share).kept(bands) < kept:  # rounding may leave the quotient just below
+        share = math.nextafter(share, 1.0)
+    return share
 
 
 def _sink_reason(mass: float) -> str:

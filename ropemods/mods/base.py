@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -47,6 +47,15 @@ class Call(NamedTuple):
     inv_freq_F: Tensor | None = None
     layout: Layout | None = None
     shared: dict[str, Tensor] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The input embedding, as far as a stage needs it. Not the module itself: what moves a module's inputs to a device,
+    as offloading does, would move its weights."""
+
+    tokens: int
+    embed: Callable[[Tensor], Tensor]
 
 
 class Site(NamedTuple):

@@ -34,7 +34,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ropemods.mods.base import Mod, Stage
+from ropemods.mods.base import Mod, Stage, Table
 
 NOISE_SEED = 0
 
@@ -112,15 +112,12 @@ class ReplacedBosStage(Stage):
         if self.mod.by in ("mean", "noise"):
             self.register_buffer("vector", torch.empty_like(weight[0]), persistent=True)
 
-    def forward(self, embedded_BTE: Tensor, ids_BT: Tensor, embedding: nn.Module) -> Tensor:
+    def forward(self, embedded_BTE: Tensor, ids_BT: Tensor, table: Table) -> Tensor:
         is_bos = (ids_BT == self.bos_token_id).unsqueeze(-1)
         if self.mod.by == "random_token":
             if not self.training:
                 return embedded_BTE
-            weight = embedding.weight
-            assert isinstance(weight, Tensor)
-            drawn = torch.randint(weight.shape[0], ids_BT.shape, device=ids_BT.device)
-            new = embedding.forward(drawn)
+            new = table.embed(torch.randint(table.tokens, ids_BT.shape, device=ids_BT.device))
         elif self.mod.by == "zero":
             new = torch.zeros_like(embedded_BTE)
         else:

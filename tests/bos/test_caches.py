@@ -173,6 +173,6 @@ def test_the_embedding_is_called_by_name_or_place() -> None:
 def test_a_bos_that_is_no_token_is_refused(mod, token) -> None:
     model = zoo.build()
     model.config.bos_token_id = token
-    with pytest.raises(ValueError, match="none of its 61 tokens"):
+    with pytest.raises(ValueError, match="none of the model's 61 tokens"):
         rm.apply(model, mod)
     assert not hasattr(model, "ropemods_attached")
