@@ -294,7 +294,7 @@ class ModContract:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         losses, skipped = [], []
-        for _ in range(16 if dtype == torch.float16 else 8):
+        for _ in range(16 if dtype == torch.float16 else 4):
             torch.manual_seed(0)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
