@@ -15,7 +15,7 @@ from ropemods.training.__main__ import main
 from ropemods.training.arms import read_result
 from ropemods.training.reading import from_values
 from tests.recipes import tiny
-from tests.recipes.launched import ROOT
+from tests.recipes.launched import FINETUNE, ROOT, run, torchrun
 
 RECIPES = ROOT / "recipes"
 TUNING = sorted(path.relative_to(RECIPES) for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -85,7 +85,11 @@ def test_a_recipe_trains_three_steps(path: Path, text: Path, tmp_path: Path) -> 
         "save_strategy": "no", "protocol": None, "probe": None, "probe_steps": 0, "arms": ["modified"],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(as_shipped | small))
-    main(["--config", str(tmp_path / "recipe.yaml")])
+    words = ["--config", str(tmp_path / "recipe.yaml")]
+    if recipe.options.distributed is None:
+        main(words)
+    else:  # as the recipe's first lines launch it, on two ranks
+        run([*torchrun(2), FINETUNE[1], *words, "--deepspeed", f"recipes/deepspeed/{recipe.options.distributed}.json"])
     result = read_result(tmp_path / "out" / "modified-0" / "result.json")
     assert result.steps == 3 and result.reload_difference is not None
     ran = json.loads((tmp_path / "out" / "results.json").read_text())["recipe"]
