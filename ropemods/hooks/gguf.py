@@ -137,7 +137,7 @@ def _file(path: str | os.PathLike[str], gguf_file: str, hub: dict[str, Any]) -> 
         others = _beside(folder)
         found = f"its GGUF files are {', '.join(others)}" if others else "there are no GGUF files in it"
         raise FileNotFoundError(
-            f"{path} has no file {gguf_file!r}; {found}. Name one that is there, or leave gguf_file out"
+            f"{path} has no file {gguf_file}; {found}. Name one that is there, or leave gguf_file out"
         )
     return folder / gguf_file
 
