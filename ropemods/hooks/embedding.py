@@ -68,7 +68,9 @@ def stages_of(embedding: nn.Module) -> Any:
 
 def _after(embedding: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
     ids = args[0] if args else kwargs["input"]
-    return stages_of(embedding)(output, ids, Table(embedding.weight.shape[0], embedding.forward))  # type: ignore[union-attr, index]
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return stages_of(embedding)(output, ids, Table(weight.shape[0], embedding.forward))
 
 
 def without_adapters(embedding: nn.Module) -> nn.Module:

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file, is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
+from ropemods.extras import MissingPackage
+
 TOKENS, BOS = "tokenizer.ggml.tokens", "tokenizer.ggml.bos_token_id"
 SCALING_KEYS = (".rope.scaling.factor", ".rope.scale_linear")
 SCALING_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -121,7 +123,9 @@ def reading(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Iterato
 def require() -> None:
     """Raise where what transformers reads GGUF files with is not installed."""
     if not is_gguf_available():
-        raise ImportError("GGUF files are read with the package gguf, which is missing: pip install 'ropemods[gguf]'")
+        raise MissingPackage(
+            "GGUF files are read with the package gguf, which is missing: pip install 'ropemods[gguf]'"
+        )
 
 
 def _file(path: str | os.PathLike[str], gguf_file: str, hub: dict[str, Any]) -> Path:
