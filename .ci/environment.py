@@ -10,6 +10,7 @@ first, and what could not be made is removed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -131,7 +132,8 @@ def run(words: list[str], name: str, environment: dict[str, str] | None = None) 
     try:
         code = process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
     if code:

@@ -208,6 +208,17 @@ def test_a_signal_while_it_installs_leaves_nothing(machine: Machine) -> None:
     assert not machine.venv.exists()
 
 
+def test_an_interruption_is_one_even_where_the_program_ends_by_itself() -> None:
+    interrupt = "import os, signal; os.kill(os.getppid(), signal.SIGINT)"
+    script = (
+        f"import runpy, sys; run = runpy.run_path({str(ENVIRONMENT)!r})['run']\n"
+        f"try: run([sys.executable, '-c', {interrupt!r}], 'pip')\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
 @pytest.mark.parametrize("how", ["PYTHON", "VIRTUAL_ENV", "VIRTUAL_ENV made here by hand"])
 def test_an_environment_that_is_given_is_used_and_never_installed_into(
     machine: Machine, tmp_path: Path, how: str
