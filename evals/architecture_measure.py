@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import ropemods as rm
 from evals import tiny_configs
 from evals.architecture_subject import Refused, Subject
-from ropemods.hooks.interface import observed
-from ropemods.hooks.listening import listening
+from ropemods.model.attention_function import observed
+from ropemods.model.observation import listening
 
 SEEDS = 0, 1
 """A residual of 0 misses its 99% interval once in a hundred, and two independent ones once in ten thousand."""

@@ -213,7 +213,7 @@ def updated(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(name: str, report: dict[str, Any]) -> None:
-    from ropemods.atomic import write_text
+    from ropemods.settings.files import write_text
 
     RESULTS.mkdir(exist_ok=True)
     write_text(RESULTS / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ropemods.pages.axes import WIDTH, Scale, around, frame, percent_ticks
-from ropemods.pages.markup import Markup, element, trusted
-from ropemods.pages.style import DRAWINGS, PALETTE
+from ropemods.report.html.axes import WIDTH, Scale, around, frame, percent_ticks
+from ropemods.report.html.markup import Markup, element, trusted
+from ropemods.report.html.style import DRAWINGS, PALETTE
 
 HEIGHT, LINE = 300.0, 15.0
 MOST = 0.5

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import torch
 
 from evals.locks import held
-from ropemods.atomic import write_text
-from ropemods.leakage.measure import versions
+from ropemods.leakage.measurement import versions
+from ropemods.settings.files import write_text
 
 PROGRAMS = (
     "untrained",

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from evals.claim import KEPT, hash_of
 from evals.locks import held
 from evals.tight_loop import rows_of, train, training_texts
-from ropemods.atomic import write_text
-from ropemods.training.reference import Architecture, train_tokenizer
+from ropemods.settings.files import write_text
+from ropemods.training.small_models import Architecture, train_tokenizer
 
 DESIGNS: dict[str, dict[str, Any]] = {
     "standard": {},

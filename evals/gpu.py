@@ -34,12 +34,12 @@ import torch
 
 from evals import gpu_checks, gpu_page, gpu_steps
 from evals.claim import RESULTS, Cells
-from ropemods.atomic import write_text
 from ropemods.attention import paths
-from ropemods.bench.subjects import SUBJECTS, Shape
-from ropemods.bench.survey import Plan, machine, survey
-from ropemods.bench.tables import between
-from ropemods.leakage.measure import versions
+from ropemods.bench.bench_tables import between
+from ropemods.bench.cases import SUBJECTS, Shape
+from ropemods.bench.grid import Plan, machine, survey
+from ropemods.leakage.measurement import versions
+from ropemods.settings.files import write_text
 
 PAGE = Path(__file__).parent / "bench.md"
 ABOUT = "machine.json"

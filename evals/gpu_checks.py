@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropemods.attention import eager, fused, paths
+from ropemods.attention import eager, paths, sdpa
 from ropemods.attention.rows import BosColumn, Rows, Temperature
 from ropemods.mods.adaptive_temperature import PUBLISHED
 
@@ -137,7 +137,7 @@ def check(case: Case, device: str) -> dict[str, Any]:
     beta = eager.tempered(exact).beta_BHT
     assert beta is not None
     with paths.using(case.path):
-        found = everything(lambda rows: fused.attend(rows), *leaves_of(rows, dtype))
+        found = everything(lambda rows: sdpa.attend(rows), *leaves_of(rows, dtype))
     plain = Rows((rows.q_BHTD * beta.detach().unsqueeze(-1)).to(dtype), *rows[1:5], scale=rows.scale)
     by_stock = everything(stock, *leaves_of(plain, dtype))
     exact_stock = everything(eager.attend, *leaves_of(plain, torch.float64))

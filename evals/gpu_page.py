@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ropemods.wording import markdown_table
+from ropemods.report.words import markdown_table
 
 MARKS = "<!-- gpu -->", "<!-- end of gpu -->"
 CALLS = ("subject", "path", "kind", "T", "D", "time", "min to max", "floor", "memory", "stock")

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ropemods.atomic import write_text
 from ropemods.attention.rows import Rows, Temperature
 from ropemods.attention.triton import blocks
 from ropemods.attention.triton.blocks import Blocks
-from ropemods.bench.subjects import SUBJECTS, Problem, Shape
+from ropemods.bench.cases import SUBJECTS, Problem, Shape
 from ropemods.mods.adaptive_temperature import PUBLISHED
+from ropemods.settings.files import write_text
 
 FORWARD = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 3), (128, 32, 4, 4))
 CANDIDATES = {

@@ -24,8 +24,8 @@ import ropemods as rm
 from evals.claim import Cells, Learned
 from ropemods.leakage.documents import Documents, joined, read_documents
 from ropemods.leakage.interventions import NAMES
-from ropemods.leakage.report import Estimate, Intervention, Report
-from ropemods.wording import interval, markdown_table, number, percent
+from ropemods.report.report import Estimate, Intervention, Report
+from ropemods.report.words import interval, markdown_table, number, percent
 
 PROTOCOL = {
     "nano": {

@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from evals.claim import Cells
 from evals.leakage_cost_page import learned, section
-from ropemods.hooks.listening import listening
 from ropemods.leakage.capture import capture, forward, losses
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.protocol import Protocol
+from ropemods.model.observation import listening
 
 LENGTH, SEED = 2048, 0
 __all__ = ["PROTOCOL", "learned", "run", "section"]

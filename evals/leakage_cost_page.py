@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evals.claim import Learned
-from ropemods.wording import markdown_table
+from ropemods.report.words import markdown_table
 
 TARGETS = {"time": 1.5, "memory": 1.3, "attentions": 10.0}
 

@@ -32,8 +32,8 @@ from evals.claim import Cells, Learned
 from evals.intervals import ends, over_seeds, shown
 from evals.max_retrieval_model import Retriever, draw
 from ropemods.mods import AdaptiveTemperature
-from ropemods.pages.charts import Series
-from ropemods.pages.drawing import LOOKS, drawing
+from ropemods.report.html.charts import Series
+from ropemods.report.html.drawing import LOOKS, drawing
 
 PROTOCOL = {
     "nano": {

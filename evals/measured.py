@@ -22,7 +22,7 @@ import ropemods as rm
 from ropemods.leakage.capture import forward, losses
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents
-from ropemods.leakage.report import Estimate, Report, Term
+from ropemods.report.report import Estimate, Report, Term
 
 Numbers = Mapping[str, Any]
 """{quantity: {"value": …, "replicates": […]}}"""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.claim import PROGRAMS, RESULTS, Learned, program
-from ropemods.atomic import write_text
+from ropemods.settings.files import write_text
 
 PAGE = "README.md"
 INTRODUCTION = """# Evidence

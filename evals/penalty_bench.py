@@ -24,8 +24,6 @@ from transformers import AutoModelForCausalLM
 import ropemods as rm
 from evals.measured import kept
 from evals.tight_loop import EXCERPT, rows_of
-from ropemods.hooks.interface import observed
-from ropemods.hooks.listening import listening
 from ropemods.leakage.capture import Observer, forward, losses, read
 from ropemods.leakage.crops import Crops, make_crops
 from ropemods.leakage.curves import loss as held_out_loss
@@ -34,6 +32,8 @@ from ropemods.leakage.draws import multipliers, pair_draws
 from ropemods.leakage.mask import PSI, interpolation
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
+from ropemods.model.attention_function import observed
+from ropemods.model.observation import listening
 from ropemods.training.text import is_held_out
 
 LENGTH, LONG, FAR = 256, 1024, 2048

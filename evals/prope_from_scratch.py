@@ -33,9 +33,9 @@ from evals.claim import Cells, Learned
 from evals.intervals import ends, over_seeds, shown
 from evals.tight_loop import held_out_texts, rows_of, train, training_texts
 from ropemods.mods import Mod
-from ropemods.pages.charts import Series
-from ropemods.pages.drawing import LOOKS, drawing
-from ropemods.training.reference import Architecture, train_tokenizer
+from ropemods.report.html.charts import Series
+from ropemods.report.html.drawing import LOOKS, drawing
+from ropemods.training.small_models import Architecture, train_tokenizer
 
 PROTOCOL = {
     "nano": {

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ropemods.atomic import write_text
-from ropemods.pages.axes import Scale, frame, round_ticks
-from ropemods.pages.colour import depth_style
-from ropemods.pages.markup import Markup, element, trusted
-from ropemods.pages.style import DRAWINGS, PALETTE
-from ropemods.wording import number
+from ropemods.report.html.axes import Scale, frame, round_ticks
+from ropemods.report.html.colour import depth_style
+from ropemods.report.html.markup import Markup, element, trusted
+from ropemods.report.html.style import DRAWINGS, PALETTE
+from ropemods.report.words import number
+from ropemods.settings.files import write_text
 
 WINDOW, LENGTH = 8, 512
 SHOWN = (8, 16, 32, 64, 256)

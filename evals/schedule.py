@@ -28,9 +28,9 @@ from evals.claim import Cells, Learned
 from evals.tight_loop import rows_of, train
 from ropemods.leakage.documents import read_documents
 from ropemods.mods import Mod
-from ropemods.pages.charts import Series
-from ropemods.pages.drawing import drawing
-from ropemods.wording import markdown_table, number
+from ropemods.report.html.charts import Series
+from ropemods.report.html.drawing import drawing
+from ropemods.report.words import markdown_table, number
 
 MODS: dict[str, tuple[Mod, ...]] = {
     "TruncatedRoPE": (rm.TruncatedRoPE(keep=0.75),),

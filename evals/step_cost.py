@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import ropemods as rm
 from evals.claim import Cells, Learned
 from ropemods.mods import Mod
-from ropemods.wording import markdown_table
+from ropemods.report.words import markdown_table
 
 MODS: dict[str, tuple[Mod, ...]] = {
     "stock again": (),

@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropemods as rm
-from ropemods.atomic import write_text
-from ropemods.bench.survey import machine
-from ropemods.leakage.measure import versions
+from ropemods.bench.grid import machine
+from ropemods.leakage.measurement import versions
 from ropemods.mods import Mod
-from ropemods.wording import markdown_table
+from ropemods.report.words import markdown_table
+from ropemods.settings.files import write_text
 
 FOLDER = Path(__file__).parent
 LENGTH, STEPS, VOCABULARY, BOS = 1024, 3, 512, 1

@@ -1,7 +1,7 @@
 """Training rows and a training loop for small runs on one core: the library's modifications, and nothing else around.
 
 A row is BOS and 255 (say) tokens of one document. Natural rows begin where documents or paragraphs begin, stationary
-rows anywhere (`ropemods.training.rows`). Arms that are compared read the same rows in the same order.
+rows anywhere (`ropemods.training.token_rows`). Arms that are compared read the same rows in the same order.
 
 Shapes: N rows, B batch, T tokens, V vocabulary.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ropemods.leakage.documents import Documents, read_documents
-from ropemods.training.rows import Text, natural, stationary, tokenizer_for
 from ropemods.training.text import is_held_out
+from ropemods.training.token_rows import Text, natural, stationary, tokenizer_for
 
 EXCERPT = 60_000
 """Characters that are taken of a training document at most, so that a few long ones are not all there is."""

@@ -24,8 +24,8 @@ from evals.measured import measured, ratio
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import read_documents
 from ropemods.mods import Mod
+from ropemods.report.words import markdown_table
 from ropemods.training import smollm2
-from ropemods.wording import markdown_table
 
 MODS: tuple[Mod, ...] = (
     rm.TruncatedRoPE(keep=0.75),

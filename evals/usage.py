@@ -30,12 +30,12 @@ from evals.claim import Learned
 from evals.design_models import TRAINING, Models
 from evals.tight_loop import held_out_texts
 from ropemods.attention.rows import Rows
-from ropemods.hooks.interface import observed
-from ropemods.hooks.listening import listening
-from ropemods.hooks.sites import AttentionSite
 from ropemods.leakage.capture import forward
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents, joined, read_documents
+from ropemods.model.attention_function import observed
+from ropemods.model.attention_layers import AttentionSite
+from ropemods.model.observation import listening
 from ropemods.mods.base import Call, Layout
 
 GIVEN = ("stories260K", "prose3M")

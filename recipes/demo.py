@@ -29,15 +29,15 @@ from typing import Any
 
 import torch
 
-from ropemods.atomic import write_text
-from ropemods.extras import MissingPackage
-from ropemods.strict_yaml import read
+from ropemods.settings.extras import MissingPackage
+from ropemods.settings.files import write_text
+from ropemods.settings.strict_yaml import read
 from ropemods.training import measuring, session, smollm2
 from ropemods.training.arm import Arm
 from ropemods.training.arms import ArmResult, run_arm
-from ropemods.training.reading import from_values
-from ropemods.training.reference import Architecture, train_tokenizer, write_untrained
+from ropemods.training.recipe_file import from_values
 from ropemods.training.results import write_results
+from ropemods.training.small_models import Architecture, train_tokenizer, write_untrained
 from ropemods.training.table import duration
 from ropemods.training.text import Source
 

@@ -3,9 +3,9 @@
     python recipes/pretrain.py --output_dir runs/standard --data ropemods --max_steps 300 --length 128
     python recipes/pretrain.py --output_dir runs/nope --data ropemods --max_steps 300 --length 128 --rope nope
 
-`--rope standard | ntk | llama3 | window | p-rope | nope` (ropemods/training/reference.py says what each is); the shape
-is given by `--hidden_size`, `--num_hidden_layers` and so on. Text, rows, batch, launchers and training arguments are
-those of recipes/finetune.py, and so is the trainer: `--data` is a file, a folder of text files, or a dataset.
+`--rope standard | ntk | llama3 | window | p-rope | nope` (ropemods/training/small_models.py says what each is); the
+shape is given by `--hidden_size`, `--num_hidden_layers` and so on. Text, rows, batch, launchers and training arguments
+are those of recipes/finetune.py, and so is the trainer: `--data` is a file, a folder of text files, or a dataset.
 Everything may stand in a YAML file instead (`--config`).
 
 The untrained model goes to `output_dir`/start, the trained one to `output_dir`/pretrain-0/model.
@@ -20,16 +20,16 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ropemods.atomic import write_text
-from ropemods.extras import MissingPackage
-from ropemods.options import converted
-from ropemods.strict_yaml import read
+from ropemods.settings.extras import MissingPackage
+from ropemods.settings.files import write_text
+from ropemods.settings.options import converted
+from ropemods.settings.strict_yaml import read
 from ropemods.training import measuring, session
 from ropemods.training.arm import Arm
 from ropemods.training.arms import run_arm
-from ropemods.training.reading import flags, from_values
 from ropemods.training.recipe import Recipe
-from ropemods.training.reference import Architecture, train_tokenizer, write_untrained
+from ropemods.training.recipe_file import flags, from_values
+from ropemods.training.small_models import Architecture, train_tokenizer, write_untrained
 from ropemods.training.world import first_of_ranks, leave
 
 # What pretraining takes for granted unless it is told otherwise.

@@ -10,11 +10,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ropemods.attach import apply, remove, set_strength, summary
     from ropemods.checkpoint import export, from_pretrained
-    from ropemods.comparison import Comparison, compare, compare_arms
-    from ropemods.leakage.measure import measure
+    from ropemods.leakage.measurement import measure
     from ropemods.leakage.protocol import Protocol
-    from ropemods.leakage.report import Report
-    from ropemods.leakage.suggest import Suggestion, suggest
+    from ropemods.leakage.suggestion import Suggestion, suggest
     from ropemods.mods import (
         AdaptiveTemperature,
         LearnedSink,
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
         register,
     )
     from ropemods.penalty import Penalized, Penalty, penalize
+    from ropemods.report.comparison import Comparison, compare, compare_arms
+    from ropemods.report.report import Report
     from ropemods.schedule import StrengthSchedule
 
 _HOMES = {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ropemods.hooks import record, rotary
-from ropemods.hooks.sites import prepare_sites
+from ropemods.model import config_record, rope_tables
+from ropemods.model.attention_layers import prepare_sites
 from ropemods.mods import Mod, recordable
 
 
@@ -20,10 +20,12 @@ def check_mods(mods: Sequence[Mod]) -> None:
             raise ValueError(reason)
 
 
-def admitted(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | None) -> list[tuple[str, nn.Module]]:
+def admitted(
+    model: PreTrainedModel, mods: list[Mod], recorded: config_record.Record | None
+) -> list[tuple[str, nn.Module]]:
     """The attention layers, or the reason why these modifications cannot stand on this model."""
     check_mods(mods)
-    reason = rotary.lacking(model)
+    reason = rope_tables.lacking(model)
     if reason is not None:
         raise ValueError(reason)
     layers = prepare_sites(model)
@@ -48,7 +50,7 @@ def admitted(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | 
     return layers
 
 
-def bos_token(model: PreTrainedModel, mods: list[Mod], recorded: record.Record | None) -> int | None:
+def bos_token(model: PreTrainedModel, mods: list[Mod], recorded: config_record.Record | None) -> int | None:
     """The token that these modifications look for; None where they look for none.
 
     A checkpoint's record holds it: what the config says may have been changed since (a Trainer writes its tokenizer's).

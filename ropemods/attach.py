@@ -24,23 +24,23 @@ from transformers import PreTrainedModel
 
 from ropemods import admission
 from ropemods.attention.paths import chosen
-from ropemods.hooks import (
+from ropemods.model import (
     adapters,
-    embedding,
+    attention_function,
+    config_record,
+    dry_run,
     gguf,
-    inputs,
-    interface,
+    input_embedding,
+    layer_tables,
+    model_inputs,
     origin,
     partition,
-    record,
-    rehearsal,
-    rotary,
-    selective,
+    rope_tables,
     starting_values,
     unchanged,
     zero_states,
 )
-from ropemods.hooks.sites import Stages, attention_layers, base_model, prepare_sites, site_of, uncompiled
+from ropemods.model.attention_layers import Stages, attention_layers, base_model, prepare_sites, site_of, uncompiled
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage, edited
 
@@ -84,7 +84,7 @@ def apply(
     would cost less. A modification that would act on nothing is an error.
     """
     inner = base_model(model)
-    record.check_strength(strength)
+    config_record.check_strength(strength)
     admission.check_mods(mods)
     if uncompiled(model) is not inner and any(mod.trains for mod in mods):
         raise ValueError(
@@ -132,14 +132,14 @@ def _forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record | None = None) -> None:
+def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.Record | None = None) -> None:
     """Modifications on a model that has its weights, at strength 0, with what they take from the embedding."""
     attach(model, mods, recorded=recorded)
     finish(model)
-    rehearsal.check_dropout(model)
+    dry_run.check_dropout(model)
     embeds = model.get_input_embeddings()
     # Of the model's own table: an adapter's part is trained, and reloading takes the same from the base alone.
-    own = embedding.without_adapters(embeds)
+    own = input_embedding.without_adapters(embeds)
     with partition.gathered(own):
         for _, stage in _stages_of(embeds):
             stage.measure(own)
@@ -175,7 +175,7 @@ def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) 
     return starting_values.remark(stock, whole, alone, gentler)
 
 
-def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record | None = None) -> None:
+def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.Record | None = None) -> None:
     """Everything about `apply` that needs no weights: stages, hooks and tables, all at strength 0.
 
     `recorded` is the record that the modifications are from when a checkpoint is read.
@@ -186,8 +186,8 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record |
     model.ropemods_attached = Attached(
         mods=mods,
         strength={mod.kind: 0.0 for mod in mods},
-        rope_parameters=copy.deepcopy(record.rope_config(model.config).rope_parameters),
-        backend=interface.backend_of(model),
+        rope_parameters=copy.deepcopy(config_record.rope_config(model.config).rope_parameters),
+        backend=attention_function.backend_of(model),
         bos_token_id=bos_token_id,
         handles=[],
         at_path={mod.kind: 0.0 for mod in mods},
@@ -208,18 +208,18 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: record.Record |
         for _, stage in stages.stages():
             stage.allocate(embeds)
         embeds.ropemods = _placed(stages, embeds, model.dtype)
-        embedding.install(model)
+        input_embedding.install(model)
     if any(mod.zeroes_states for mod in mods):
         attached.handles += zero_states.install(model)
     attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
-        attached.backend = interface.use_interface(model, [layer for _, layer in layers])
+        attached.backend = attention_function.use_interface(model, [layer for _, layer in layers])
     attached.wants_bos, attached.wants_shared = scored and any(mod.needs_bos for mod in mods), shared is not None
     if bos_token_id is not None or shared is not None or scored:
-        attached.handles += inputs.install(model)
+        attached.handles += model_inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
         if mod.layers is not None:
-            attached.handles += selective.install([layer for _, layer in layers])
+            attached.handles += layer_tables.install([layer for _, layer in layers])
 
 
 def _stages(mods: list[Mod], stage_of) -> Stages | None:
@@ -256,26 +256,26 @@ def _stages_of(module: nn.Module) -> list[tuple[str, Stage]]:
 
 def finish(model: PreTrainedModel) -> None:
     """What needs a loaded model: pristine tables, constants no checkpoint holds, how rotary channels are paired."""
-    if (stages := embedding.stages_of(model.get_input_embeddings())) is not None:
+    if (stages := input_embedding.stages_of(model.get_input_embeddings())) is not None:
         partition.keep_here(stages)
-    rotary.forget(model)
+    rope_tables.forget(model)
     found = prepare_sites(model)
     layers = [layer for _, layer in found]
     for module in model.modules():
         if isinstance(module, Stage):
             module.fill_constants()
-    rehearsal.rehearse(model, found)
+    dry_run.rehearse(model, found)
     for mod in (mod for mod in model.ropemods_attached.mods if mod.edits_frequencies):
         if mod.layers is not None:
-            selective.build(model, mod, layers)
-    for table in rotary.tables(model):
+            layer_tables.build(model, mod, layers)
+    for table in rope_tables.tables(model):
         table.keep()
 
 
 def set_strength(model: nn.Module, strength: float, kind: str | None = None) -> None:
     """Set the strength of every modification, or of the one of that kind: 0 is stock, 1 the full modification."""
     attached = _attached(base_model(model))
-    record.check_strength(strength)
+    config_record.check_strength(strength)
     if kind is not None and kind not in attached.strength:
         raise ValueError(f"this model has no {kind!r}; it has {', '.join(attached.strength)}")
     for each in attached.strength if kind is None else (kind,):
@@ -291,7 +291,7 @@ def refresh(model: PreTrainedModel) -> None:
         if isinstance(module, Stages):
             for kind, stage in module.stages():
                 stage.set_strength(alpha[kind])
-    record.show_stock(model, attached.rope_parameters)
+    config_record.show_stock(model, attached.rope_parameters)
     sites = [site for _, layer in attention_layers(model) if (site := site_of(layer)) is not None]
     for site in sites:
         site.active = any(alpha[kind] > 0 for kind in site.kinds)
@@ -301,12 +301,12 @@ def refresh(model: PreTrainedModel) -> None:
     attached.zeros_active = any(mod.zeroes_states and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)
     if any(mod.edits_frequencies and mod.layers is None for mod in attached.mods):
-        edits = record.edits_of(attached.mods, alpha)
-        for table in rotary.tables(model):
+        edits = config_record.edits_of(attached.mods, alpha)
+        for table in rope_tables.tables(model):
             table.write(partial(edited, edits=edits) if edits else None)
     for mod in (mod for mod in attached.mods if mod.edits_frequencies and mod.layers is not None):
-        selective.write(model, mod, alpha[mod.kind])
-    record.write(model, attached.mods, alpha, attached.rope_parameters, attached.bos_token_id)
+        layer_tables.write(model, mod, alpha[mod.kind])
+    config_record.write(model, attached.mods, alpha, attached.rope_parameters, attached.bos_token_id)
     origin.mark(model, differs=alpha != attached.at_path)
 
 
@@ -325,16 +325,16 @@ def _detach(model: PreTrainedModel) -> None:
     if attached is not None:
         for handle in attached.handles:
             handle.remove()
-        embedding.uninstall(model)
-        for table in rotary.tables(model):
+        input_embedding.uninstall(model)
+        for table in rope_tables.tables(model):
             table.write(None)
             table.release()
         layers = [layer for _, layer in attention_layers(model)]
-        interface.use_stock(layers)
+        attention_function.use_stock(layers)
         if getattr(model, "penalized", None) is not None:  # a penalty stays until it is removed itself
-            interface.use_interface(model, layers)
-        record.show_own(model)
-        record.erase(model, attached.rope_parameters)
+            attention_function.use_interface(model, layers)
+        config_record.show_own(model)
+        config_record.erase(model, attached.rope_parameters)
         origin.mark(model, differs=False)
     for module in list(model.modules()):
         for name in [n for n in vars(module) if n.startswith("ropemods_")]:
@@ -356,9 +356,9 @@ def summary(model: nn.Module) -> str:
         )
         where = f"{count} layers" if mod.layers is None else f"layers {','.join(map(str, mod.layers))} of {count}"
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
-    portable = "yes" if record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
+    portable = "yes" if config_record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
     total = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters())
-    backend, kernels = interface.backend_of(inner), ""
+    backend, kernels = attention_function.backend_of(inner), ""
     if backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
         kernels = f", kernels: {chosen(inner.device)}"
     lines.append(f"attention: {backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}")

@@ -1,7 +1,7 @@
 """Loading modified checkpoints, and writing stock ones.
 
 `model.save_pretrained` is transformers' own. What makes a modified checkpoint safe is in its config: where a stock load
-would not give the same model, the rope type is one that stock transformers refuses (`ropemods.hooks.record`).
+would not give the same model, the rope type is one that stock transformers refuses (`ropemods.model.config_record`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import attach, finish, put_on, refresh
-from ropemods.hooks import adapters, folding, gguf, native, record, unchanged
-from ropemods.hooks.partition import gathered
-from ropemods.hooks.sites import base_model, uncompiled
+from ropemods.model import adapters, config_record, folded_embedding, gguf, native_rope, unchanged
+from ropemods.model.attention_layers import base_model, uncompiled
+from ropemods.model.partition import gathered
 from ropemods.mods.base import Stage
 
 
@@ -66,17 +66,17 @@ def from_pretrained(
     if gguf_file is not None:
         return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
     given = config
-    config, found = record.load_config(path, **_hub(hf_kwargs))
+    config, found = config_record.load_config(path, **_hub(hf_kwargs))
     if found is None:
         raise ValueError(
             f"{path} records no modification (its config has no 'ropemods'), so there is nothing that transformers' "
             "own from_pretrained would not do; load it with AutoModelForCausalLM and modify it with ropemods.apply"
         )
     if given is not None:
-        config = record.stock_of(given, found, path)
+        config = config_record.stock_of(given, found, path)
     model, report = _load(path, config, found, hf_kwargs)
     finish(model)
-    record.check_native(model, found, path)
+    config_record.check_native(model, found, path)
     model.ropemods_attached.strength.update(found.strength)
     model.ropemods_attached.at_path.update(found.strength)
     refresh(model)
@@ -87,10 +87,10 @@ def recorded_strength(path: str | os.PathLike[str]) -> dict[str, float] | None:
     """The strengths that a checkpoint or an adapter directory records; None where it records none."""
     if adapters.is_adapter(path):
         _, described = adapters.read(path)
-        return None if described is None else record.parse(described, path).strength
+        return None if described is None else config_record.parse(described, path).strength
     config = Path(path) / "config.json"
     entry = json.loads(config.read_text(encoding="utf-8")).get("ropemods") if config.is_file() else None
-    return None if entry is None else record.parse(entry, path).strength
+    return None if entry is None else config_record.parse(entry, path).strength
 
 
 def _hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _beyond_hub(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
 def _load(
     path: str | os.PathLike[str],
     config: PreTrainedConfig,
-    found: record.Record,
+    found: config_record.Record,
     hf_kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Build the stock architecture with the stages already in it, so that one load fills every parameter."""
@@ -178,7 +178,7 @@ def _adapter(
     if base is None:
         raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
     model = _base(base, gguf_file, hf_kwargs)
-    wanted = record.parse(described, path)
+    wanted = config_record.parse(described, path)
     attached = getattr(model, "ropemods_attached", None)
     if attached is None:
         put_on(model, wanted.mods, recorded=wanted)
@@ -192,7 +192,7 @@ def _adapter(
     wrapped = PeftModel.from_pretrained(model, str(path), config=adapter_config, is_trainable=is_trainable)
     _filled(wrapped, wanted.version)
     for _, stage in _stages(wrapped):
-        stage.keep_as_of(record.VERSION)
+        stage.keep_as_of(config_record.VERSION)
     model.ropemods_attached.strength.update(wanted.strength)
     refresh(model)
     return wrapped
@@ -201,7 +201,7 @@ def _adapter(
 def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     if gguf_file is not None:
         return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
-    _, found = record.load_config(path, **_hub(hf_kwargs))
+    _, found = config_record.load_config(path, **_hub(hf_kwargs))
     if found is not None:
         return from_pretrained(path, **hf_kwargs)  # type: ignore[return-value]
     return AutoModelForCausalLM.from_pretrained(path, **hf_kwargs)
@@ -227,15 +227,15 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     del config.ropemods
     text = config.get_text_config(decoder=True)
     text.rope_parameters = copy.deepcopy(attached.rope_parameters)
-    if edits := record.edits_of(active, attached.strength):
-        expressed = native.expressed(inner, edits, attached.rope_parameters)
+    if edits := config_record.edits_of(active, attached.strength):
+        expressed = native_rope.expressed(inner, edits, attached.rope_parameters)
         if isinstance(expressed, str):
             names = " and ".join(str(mod) for mod, _ in edits)
             raise ValueError(f"{names} cannot be written into a stock checkpoint: {expressed}")
         text.rope_parameters = expressed
     with gathered(inner):
         state = {k: v for k, v in inner.state_dict().items() if ".ropemods." not in f".{k}"}
-        config = folding.fold_embedding(inner, state, config)
+        config = folded_embedding.fold_embedding(inner, state, config)
         _write(inner, config, state, Path(path))
 
 

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from ropemods.hooks import interface, passes
-from ropemods.hooks.passes import Pass
-from ropemods.hooks.sites import attention_layers, base_model, heads_of
 from ropemods.leakage import deviations
+from ropemods.model import attention_function, layer_losses
+from ropemods.model.attention_layers import attention_layers, base_model, heads_of
+from ropemods.model.layer_losses import Pass
 
 EMPTY_PASSES = 16
 """So many batches in a row without a sequence that is long enough are a mistake."""
@@ -158,9 +158,9 @@ class Penalized:
         self._plan: tuple[Any, deviations.Plan] | None = None
         self._said: Tensor | None = None
         self._device = torch.device("cpu")
-        handles = passes.install(self._inner, self)
+        handles = layer_losses.install(self._inner, self)
         try:
-            interface.use_interface(self._inner, layers)
+            attention_function.use_interface(self._inner, layers)
         except ValueError:
             for handle in handles:
                 handle.remove()
@@ -210,7 +210,7 @@ class Penalized:
         self._penalty = None
         if getattr(self._inner, "penalized", None) is self:
             del self._inner.penalized
-            interface.leave([layer for _, layer in attention_layers(self._inner)])
+            attention_function.leave([layer for _, layer in attention_layers(self._inner)])
 
     def callback(self) -> TrainerCallback:
         """For transformers' Trainer: logs the penalty beside the loss, and keeps the running mean in checkpoints."""
@@ -237,7 +237,7 @@ class Penalized:
     def __deepcopy__(self, memo: dict[int, Any]) -> Penalized:
         return self  # an average of the model, say, which is a copy that does not train
 
-    # What hooks/passes.py asks of the owner of a pass.
+    # What model/layer_losses.py asks of the owner of a pass.
 
     def begin(self, runs: Callable[..., Sequence[tuple[int, int, int]]], device: torch.device) -> Pass | None:
         self._penalty, self._device = None, device

@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import ropemods as rm
-from ropemods.hooks.sites import attention_layers
+from ropemods.model.attention_layers import attention_layers
 from ropemods.mods import Mod
 from tests import oracle, zoo
 

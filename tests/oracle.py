@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ropemods.attention import reference
-from ropemods.hooks import interface
+from ropemods.model import attention_function
 from ropemods.mods import Mod
 
 
@@ -31,20 +31,20 @@ class RecordedCall:
 def recorded(model):
     """Collect every attention call of the model while open."""
     calls: list[RecordedCall] = []
-    backend = interface.backend_of(model)
+    backend = attention_function.backend_of(model)
     name = f"ropemods+{backend}"
-    stock = interface.ALL_ATTENTION_FUNCTIONS[name]
+    stock = attention_function.ALL_ATTENTION_FUNCTIONS[name]
 
     def record(module, query, key, value, attention_mask, **options):
         output, weights = stock(module, query, key, value, attention_mask, **dict(options))
         calls.append(RecordedCall(module.layer_idx, query, key, value, attention_mask, dict(options), module, output))
         return output, weights
 
-    interface.AttentionInterface.register(name, record)
+    attention_function.AttentionInterface.register(name, record)
     try:
         yield calls
     finally:
-        interface.AttentionInterface.register(name, stock)
+        attention_function.AttentionInterface.register(name, stock)
 
 
 def visible(call: RecordedCall) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ropemods as rm
 from evals import tiny_models
-from ropemods.hooks import interface
+from ropemods.model import attention_function
 from tests import zoo
 from tests.contract import close
 
@@ -100,12 +100,12 @@ def test_an_attention_implementation_without_a_path_is_named() -> None:
 
 def test_a_soft_cap_without_a_kernel_is_refused(monkeypatch) -> None:
     """Some versions of transformers run such a model on sdpa and leave the cap out; others refuse to."""
-    stock = interface.stock
+    stock = attention_function.stock
 
     def without_cap(backend, layer):
         return lambda *args, softcap=None, **kwargs: stock(backend, layer)(*args, **kwargs)
 
-    monkeypatch.setattr(interface, "stock", without_cap)
+    monkeypatch.setattr(attention_function, "stock", without_cap)
     model = zoo.build("gemma2", "eager")
     model.config._attn_implementation_internal = "sdpa"
     with pytest.raises(ValueError, match=r"soft cap.*attn_implementation='eager'"):

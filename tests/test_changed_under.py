@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedModel
 
 import ropemods as rm
-from ropemods.hooks import interface
-from ropemods.hooks.listening import listening
+from ropemods.model import attention_function
+from ropemods.model.observation import listening
 from tests import zoo
 from tests.contract import close
 
@@ -137,7 +137,7 @@ def test_an_observer_sees_its_own_model_only() -> None:
     """Also a model of the same class with the same modifications, as a teacher beside its student."""
     one, other, ids = rm.apply(zoo.build(), SINK), rm.apply(zoo.build(), SINK), zoo.tokens()
     seen = []
-    with interface.observed(lambda *call: seen.append(call[0]), of=one, want_lse=False):
+    with attention_function.observed(lambda *call: seen.append(call[0]), of=one, want_lse=False):
         other(ids)
         assert not seen
         one(ids)

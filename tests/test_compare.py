@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ropemods.comparison import Change, compare, compare_arms
 from ropemods.leakage.draws import multipliers, pair_draws
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.report import Estimate, Report
+from ropemods.report.comparison import Change, compare, compare_arms
+from ropemods.report.report import Estimate, Report
 from tests.leakage.fake_reports import PROTOCOL, fake_report, four_arms, shared_noise
 
 

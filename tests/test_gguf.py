@@ -134,7 +134,7 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(folder: Path) 
 
 
 def test_a_missing_gguf_package_is_answered_with_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ropemods.hooks.gguf.is_gguf_available", lambda: False)
+    monkeypatch.setattr("ropemods.model.gguf.is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match=r"pip install 'ropemods\[gguf\]'"):
         rm.from_pretrained(folder, gguf_file=FILE)
 

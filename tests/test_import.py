@@ -29,7 +29,7 @@ def test_import_adds_at_most_a_tenth_of_a_second_to_transformers() -> None:
 
 def test_import_brings_in_no_heavy_package() -> None:
     program = (
-        "import sys, ropemods, ropemods.options, ropemods.cli;"
+        "import sys, ropemods, ropemods.settings.options, ropemods.cli;"
         "print(sorted({'torch', 'transformers', 'peft', 'deepspeed', 'datasets', 'accelerate'} & set(sys.modules)))"
     )
     assert run(program).strip() == "[]"

@@ -19,15 +19,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropemods.comparison import compare, compare_arms
-from ropemods.leakage.report import Estimate, Intervention, Report, Usage
-from ropemods.pages import render_page
-from ropemods.pages.axes import Scale, around, power_ticks, round_ticks
-from ropemods.pages.charts import Series, lines
-from ropemods.pages.colour import BLUE_ORANGE, Shade, shared_limit
-from ropemods.pages.heat import heat_map
-from ropemods.pages.markup import Markup, element, join, minus
-from ropemods.pages.style import PALETTE
+from ropemods.report.comparison import compare, compare_arms
+from ropemods.report.html import render_page
+from ropemods.report.html.axes import Scale, around, power_ticks, round_ticks
+from ropemods.report.html.charts import Series, lines
+from ropemods.report.html.colour import BLUE_ORANGE, Shade, shared_limit
+from ropemods.report.html.heat import heat_map
+from ropemods.report.html.markup import Markup, element, join, minus
+from ropemods.report.html.style import PALETTE
+from ropemods.report.report import Estimate, Intervention, Report, Usage
 from tests.leakage.fake_reports import fake_report, four_arms
 
 EVIL = "<script>alert(1)</script>\"'&"

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ropemods as rm
 from ropemods.attention.rows import Rows
-from ropemods.hooks import interface
-from ropemods.hooks.sites import attention_layers, prepare_sites
 from ropemods.leakage import deviations
+from ropemods.model import attention_function
+from ropemods.model.attention_layers import attention_layers, prepare_sites
 from tests import zoo
 
 OPTIONS = {"early": (4, 8), "window": 4, "late": 4}
@@ -65,7 +65,7 @@ def naive_deviations(model: nn.Module, ids: Tensor) -> Tensor:
     layers = [module for _, module in attention_layers(model)]
     found: list[Tensor] = []
 
-    def listen(call: interface.Asked) -> None:
+    def listen(call: attention_function.Asked) -> None:
         k = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
         s = call.query @ k.mT * call.options["scaling"]
         if call.options.get("softcap"):
@@ -79,7 +79,7 @@ def naive_deviations(model: nn.Module, ids: Tensor) -> Tensor:
         found.append(torch.stack([r[i] - far for i in range(start, stop)], 1))
 
     prepare_sites(model)
-    with interface.passing(layers), interface.asked(model, listen):
+    with attention_function.passing(layers), attention_function.asked(model, listen):
         model(input_ids=ids, use_cache=False)
     return torch.stack(found[1:])
 

@@ -11,7 +11,7 @@ import torch
 from transformers import BatchEncoding
 
 import ropemods as rm
-from ropemods.hooks import interface, starting_values
+from ropemods.model import attention_function, starting_values
 from ropemods.training.batches import Rows, first_sequences
 from tests import zoo
 from tests.contract import close
@@ -87,7 +87,7 @@ def test_the_sink_takes_the_mass_that_bos_had_whether_bos_is_still_read_or_not(r
         if site.layer == 0:
             taken.append(torch.exp(rows.sink_H[:, None] - lse)[:, :, 1:])
 
-    with interface.observed(look, of=model, want_lse=True), torch.no_grad():
+    with attention_function.observed(look, of=model, want_lse=True), torch.no_grad():
         model(ids)
     wanted, found = had[:, :, 1:, 0], taken[0]
     assert wanted[:, :, ~seen].sum() == 0

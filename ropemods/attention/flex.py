@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from ropemods.attention.joined import with_column
+from ropemods.attention.column_entropy import with_column
 from ropemods.attention.rows import Rows, soft_capped, with_beta
 
 BLOCK = 128

@@ -1,6 +1,6 @@
 """Which kernels compute the rows of the sdpa path, on which machine: the one place where that is decided.
 
-- `flash`: stock kernels throughout, the entropy from a call with the keys in the values' place (`flash`, `apart`).
+- `flash`: stock kernels throughout, the entropy from a call with the keys in the values' place (`flash`, `cpu_column`).
 - `triton`: our fused kernels (`triton.path`), which do a whole call at once, forward and backward.
 - `triton-rows`: our row statistics for the entropy (`triton.entropy`), stock kernels for everything else.
 - `flex`: torch's FlexAttention (`flex`), compiled on first use; not on a CPU.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ropemods.cli.command import Command
-from ropemods.cli.mods import known_mods, mod_from, mod_record
-from ropemods.options import REQUIRED, option
+from ropemods.cli.mod_words import known_mods, mod_from, mod_record
+from ropemods.settings.options import REQUIRED, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,8 +53,8 @@ def run(options: Options) -> None:
 
     import ropemods
     from ropemods.cli.calibration import rows_from_file
-    from ropemods.cli.checkpoints import quieten, stock_model, tokenizer_of
     from ropemods.cli.folders import check_room, new_folder
+    from ropemods.cli.stock_checkpoints import quieten, stock_model, tokenizer_of
 
     if options.calibration_text is not None and not any(mod.calibrates for mod in mods):
         raise ValueError("--calibration_text would be used by none of these modifications; leave it out")

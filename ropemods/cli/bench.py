@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ropemods.cli.command import Command
-from ropemods.options import option
+from ropemods.settings.options import option
 
 if TYPE_CHECKING:
-    from ropemods.bench.survey import Plan
+    from ropemods.bench.grid import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ def run(options: Options) -> None:
     import json
     from pathlib import Path
 
-    from ropemods.atomic import read_text, write_text
-    from ropemods.bench.survey import as_json, from_json, machine, survey
-    from ropemods.bench.tables import into_page, line, plot, table
+    from ropemods.bench.bench_tables import into_page, line, plot, table
+    from ropemods.bench.grid import as_json, from_json, machine, survey
+    from ropemods.settings.files import read_text, write_text
 
     if options.redraw is not None:
         written = json.loads(read_text(options.redraw))
@@ -80,8 +80,8 @@ def run(options: Options) -> None:
 def _plan(options: Options) -> Plan:
     import torch
 
-    from ropemods.bench.subjects import Shape
-    from ropemods.bench.survey import Plan
+    from ropemods.bench.cases import Shape
+    from ropemods.bench.grid import Plan
 
     device = options.device
     if device == "auto":

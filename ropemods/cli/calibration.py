@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ropemods.atomic import read_text
+from ropemods.settings.files import read_text
 
 ROWS = 8
 CHARACTERS_A_TOKEN = 32

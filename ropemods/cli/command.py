@@ -1,8 +1,8 @@
 """One command of `ropemods`: its options, what it runs, and the parser made from them.
 
-A command is one file beside this one, which holds a frozen dataclass of options (`ropemods.options`), a function that
-runs on them, and `COMMAND`, which joins the two. Such a file imports torch and transformers inside its functions only,
-so that `--help` and mistakes in the options answer at once.
+A command is one file beside this one, which holds a frozen dataclass of options (`ropemods.settings.options`), a
+function that runs on them, and `COMMAND`, which joins the two. Such a file imports torch and transformers inside its
+functions only, so that `--help` and mistakes in the options answer at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ropemods.options import (
+from ropemods.settings.options import (
     MissingOption,
     build,
     checked,

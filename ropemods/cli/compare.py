@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ropemods.cli.command import Command
-from ropemods.cli.results import show
-from ropemods.cli.subjects import check_writable
-from ropemods.options import REQUIRED, option
+from ropemods.cli.measured_model import check_writable
+from ropemods.cli.output import show
+from ropemods.settings.options import REQUIRED, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Options:
 def run(options: Options) -> None:
     check_writable(options.output, options.html, read=(options.before, options.after))
 
-    from ropemods.comparison import compare
+    from ropemods.report.comparison import compare
 
     comparison = compare(options.before, options.after, allow_different_protocols=options.allow_different_protocols)
     show(comparison, output=options.output, html=options.html)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ropemods.cli.checkpoints import check_name, load_config, readable, skeleton
-from ropemods.hooks import adapters, record, rotary
+from ropemods.cli.stock_checkpoints import check_name, load_config, readable, skeleton
+from ropemods.model import adapters, config_record, rope_tables
 from ropemods.mods import Mod
 from ropemods.mods.base import Site
 
@@ -60,7 +60,7 @@ def describe(name: str, *, trust_remote_code: bool) -> dict[str, Any]:
     }
 
 
-def _adapter(folder: Path) -> tuple[dict[str, Any], record.Record | None]:
+def _adapter(folder: Path) -> tuple[dict[str, Any], config_record.Record | None]:
     raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     beside = folder / adapters.FILE
     described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
@@ -74,7 +74,7 @@ def _adapter(folder: Path) -> tuple[dict[str, Any], record.Record | None]:
         "alpha": raw.get("lora_alpha"),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
-    return about, None if described is None else record.parse(described, folder)
+    return about, None if described is None else config_record.parse(described, folder)
 
 
 def _model(config: PreTrainedConfig, parameters: int | None) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _stock_loads(name: str, mods: list[Mod], strength: dict[str, float]) -> tupl
     if not mods:
         return True, "it is a stock checkpoint"
     raw, _ = PreTrainedConfig.get_config_dict(name)  # as it was written, wherever in it the rope parameters are
-    if f'"rope_type": "{rotary.SENTINEL}"' in json.dumps(raw):
+    if f'"rope_type": "{rope_tables.SENTINEL}"' in json.dumps(raw):
         return False, "stock transformers refuses it, ropemods.from_pretrained loads it"
     if not any(strength.values()):
         return True, "every strength is 0, so it is the stock model"
@@ -144,7 +144,7 @@ def _tables(
     """Each rotary table of the model: its parameters, and the wavelength of every band before and after the mods."""
     text = config.get_text_config(decoder=True)
     result = []
-    for table in rotary.tables(skeleton(config, trust_remote_code=trust_remote_code)):
+    for table in rope_tables.tables(skeleton(config, trust_remote_code=trust_remote_code)):
         before_F = table.live().double()
         after_F = before_F
         for mod in (mod for mod in mods if mod.edits_frequencies):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ropemods.cli.command import Command
-from ropemods.options import REQUIRED, option
+from ropemods.settings.options import REQUIRED, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class Options:
 
 def run(options: Options) -> None:
     import ropemods
-    from ropemods.cli.checkpoints import modified_model, quieten, tokenizer_of
     from ropemods.cli.folders import check_room, new_folder
-    from ropemods.hooks.adapters import is_adapter
+    from ropemods.cli.stock_checkpoints import modified_model, quieten, tokenizer_of
+    from ropemods.model.adapters import is_adapter
 
     quieten()
     with new_folder(options.output, source=options.path, overwrite=options.overwrite) as folder:

@@ -9,7 +9,7 @@ import typing
 from typing import Any, Literal
 
 from ropemods.cli.command import Command, takes_many
-from ropemods.options import REQUIRED, declared, fields
+from ropemods.settings.options import REQUIRED, declared, fields
 
 COMMON = {
     "--config FILE": "read options from this YAML file: flat keys named as the flags are; a flag given here wins",

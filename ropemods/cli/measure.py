@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ropemods.cli.command import Command
-from ropemods.cli.results import show
-from ropemods.cli.subjects import Subject, check_writable, launched, load, read
+from ropemods.cli.measured_model import Subject, check_writable, launched, load, read
+from ropemods.cli.output import show
 from ropemods.leakage.protocol import Protocol
-from ropemods.options import items, option
+from ropemods.settings.options import items, option
 
 FIELDS = (
     "sequences",
@@ -81,9 +81,9 @@ def run(options: Options) -> None:
     protocol = options.protocol()
     check_writable(options.output, options.html, read=[options.text])
 
-    from ropemods.cli.checkpoints import quieten
+    from ropemods.cli.stock_checkpoints import quieten
     from ropemods.leakage.interventions import NAMES, check_names
-    from ropemods.leakage.measure import measure
+    from ropemods.leakage.measurement import measure
 
     quieten()
     asked = tuple(items(options.interventions or ()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropemods.cli.command import Command
-from ropemods.options import REQUIRED, option
+from ropemods.settings.options import REQUIRED, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from ropemods.cli.checkpoints import quieten
     from ropemods.cli.description import describe
+    from ropemods.cli.stock_checkpoints import quieten
 
     quieten()
     found = describe(options.path, trust_remote_code=options.trust_remote_code)

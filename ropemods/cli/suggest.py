@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ropemods.cli.command import Command
-from ropemods.cli.subjects import Subject, check_writable, launched, load, read
-from ropemods.options import option
+from ropemods.cli.measured_model import Subject, check_writable, launched, load, read
+from ropemods.settings.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Options(Subject):
 def run(options: Options) -> None:
     check_writable(options.output, read=[options.text])
 
-    from ropemods.cli.checkpoints import quieten
-    from ropemods.leakage.suggest import suggest
+    from ropemods.cli.stock_checkpoints import quieten
+    from ropemods.leakage.suggestion import suggest
 
     quieten()
     with launched() as rank:

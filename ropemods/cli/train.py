@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ropemods.cli.command import Command
-from ropemods.extras import need
-from ropemods.options import REQUIRED, option
-from ropemods.strict_yaml import read
+from ropemods.settings.extras import need
+from ropemods.settings.options import REQUIRED, option
+from ropemods.settings.strict_yaml import read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from ropemods.training.launch import command
+    from ropemods.training.launcher import command
 
     words = command(
         options.recipe,

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ropemods.attention.rows import Rows
-from ropemods.hooks.finite import first_non_finite
-from ropemods.hooks.interface import observed
-from ropemods.hooks.listening import Listened
-from ropemods.hooks.sites import AttentionSite
 from ropemods.leakage import reading
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
+from ropemods.model.attention_function import observed
+from ropemods.model.attention_layers import AttentionSite
+from ropemods.model.non_finite import first_non_finite
+from ropemods.model.observation import Listened
 from ropemods.mods.base import Call, Layout
 
 AT_ONCE = 1 << 20

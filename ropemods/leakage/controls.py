@@ -20,14 +20,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ropemods.hooks import precision
-from ropemods.hooks.listening import Listened
 from ropemods.leakage.capture import capture, forward
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.interventions import plain
 from ropemods.leakage.known import Known, covered, planted, reindexed, toeplitz
-from ropemods.leakage.report import Control, Estimate, Term
+from ropemods.model import casts
+from ropemods.model.observation import Listened
+from ropemods.report.report import Control, Estimate, Term
 
 REPETITIONS = 200
 PLANTED = 1.0
@@ -113,7 +113,7 @@ def shifted(listened: Listened, crops: Crops, model: nn.Module) -> list[Control]
     found = []
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         try:
-            with precision.in_dtype(model, dtype):
+            with casts.in_dtype(model, dtype):
                 apart, spread = _drift(model, tokens_BT)
         except ValueError:  # a model that is spread over ranks cannot be converted
             continue

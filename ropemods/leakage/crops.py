@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ropemods.leakage.documents import Documents, without_copies
 from ropemods.leakage.protocol import Protocol
-from ropemods.wording import percent
+from ropemods.report.words import percent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

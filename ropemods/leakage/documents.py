@@ -28,8 +28,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ropemods.atomic import not_utf8
-from ropemods.extras import need
+from ropemods.settings.extras import need
+from ropemods.settings.files import not_utf8
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -31,7 +31,8 @@ from ropemods.leakage.curves import entropy, loss, sink
 from ropemods.leakage.draws import interval, multipliers, pair_draws, pair_mean
 from ropemods.leakage.mask import PSI, interpolation
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.report import (
+from ropemods.leakage.sums import Sums
+from ropemods.report.report import (
     Bin,
     Entropy,
     Estimate,
@@ -40,7 +41,6 @@ from ropemods.leakage.report import (
     Sink,
     Term,
 )
-from ropemods.leakage.sums import Sums
 
 ALL, EARLY, BINS = 0, 1, 2
 """Where a measure stands on the M axis; bins are from BINS on."""

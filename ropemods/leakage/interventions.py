@@ -39,15 +39,15 @@ import torch
 from torch import Tensor, nn
 
 from ropemods.attention.rows import Rows
-from ropemods.hooks import variants
-from ropemods.hooks.listening import Listened
 from ropemods.leakage.capture import capture, forward
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.reading import bos_mass
-from ropemods.leakage.report import Estimate, Intervention, Term
 from ropemods.leakage.sums import Sums
+from ropemods.model import variants
+from ropemods.model.observation import Listened
+from ropemods.report.report import Estimate, Intervention, Term
 
 SWAPS = ("zero", "mean", "noise", "none")
 NAMES = (*SWAPS, "reference", "clamp", "carrier", "window", "rope_scaling")

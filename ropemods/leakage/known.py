@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.report import Term
 from ropemods.leakage.sums import Sums
+from ropemods.report.report import Term
 
 PROTOCOL = Protocol(sequences=64, groups=16, length=64, early=(8, 32), grid_rows=24, replicates=400)
 PATTERNS = 16

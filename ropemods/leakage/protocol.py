@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ropemods.options import in_words
+from ropemods.settings.options import in_words
 
 VERSION = 1
 """Raised whenever the same fields would give other numbers, so that old hashes no longer match."""

@@ -12,7 +12,7 @@ has k = v = 0 and logit 0 throughout: each head is exactly softmax-off-by-one, e
 be relied on; in evaluation the model's own BOS embedding stands there.
 
 What zero trains: where it is a fixed point, the BOS stays zero whatever the weights are, so the derivative of its
-trajectory by every weight is exactly zero, and it is given none (`ropemods.hooks.zero_states`). Backpropagation alone
+trajectory by every weight is exactly zero, and it is given none (`ropemods.model.zero_states`). Backpropagation alone
 would find that zero as 0 · ∞, since a normalisation at zero has the Jacobian 1/√ε once a layer. With biases the
 trajectory leaves zero, and its gradient is that of any other token.
 

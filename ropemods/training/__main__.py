@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from ropemods.extras import MissingPackage
+from ropemods.settings.extras import MissingPackage
 from ropemods.training import session, world
 from ropemods.training.arms import run_arm
 from ropemods.training.guard import Diverged
-from ropemods.training.reading import from_command_line, help_text
+from ropemods.training.recipe_file import from_command_line, help_text
 from ropemods.training.results import write_results
 from ropemods.training.world import NotAsAsked
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ropemods.training.rows import Text
+from ropemods.training.token_rows import Text
 
 
 @dataclass(frozen=True)

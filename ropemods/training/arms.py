@@ -12,14 +12,14 @@ from torch import nn
 from transformers import set_seed
 
 import ropemods
-from ropemods.atomic import write_text
-from ropemods.leakage.report import Report
-from ropemods.training import measuring, memory, models
+from ropemods.report.report import Report
+from ropemods.settings.files import write_text
+from ropemods.training import measuring, models, peak_memory
 from ropemods.training.arm import Arm
 from ropemods.training.fit import Fitted, fit, probe_ids
 from ropemods.training.measuring import Measured
-from ropemods.training.rows import Text
 from ropemods.training.session import Session
+from ropemods.training.token_rows import Text
 
 
 class ReloadDiffers(RuntimeError):
@@ -73,7 +73,7 @@ def run_arm(session: Session, arm: Arm, seed: int | None) -> ArmResult:
     session.say(f"{name}:")
     if session.first:
         folder.mkdir(parents=True, exist_ok=True)
-    memory.restart()
+    peak_memory.restart()
     if seed is None:
         model, fitted, difference = _untrained(session, arm), None, None
     else:
@@ -180,7 +180,7 @@ def _result(
         steps=0 if fitted is None else session.steps,
         tokens=0 if fitted is None else fitted.tokens,
         seconds=0.0 if fitted is None else fitted.seconds,
-        peak_bytes=memory.peak_bytes() if fitted is None else fitted.peak_bytes,
+        peak_bytes=peak_memory.peak_bytes() if fitted is None else fitted.peak_bytes,
         curve=() if fitted is None else tuple(fitted.curve),
         probes=() if fitted is None else tuple(fitted.probes),
         reload_difference=difference,

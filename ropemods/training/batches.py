@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ropemods.training.rows import Ints, Packing, Row
+from ropemods.training.token_rows import Ints, Packing, Row
 
 
 @dataclass(frozen=True)

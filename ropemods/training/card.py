@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import ropemods
-from ropemods.atomic import write_text
+from ropemods.report.words import count
+from ropemods.settings.files import write_text
 from ropemods.training.arm import ARMS
 from ropemods.training.arms import ArmResult
 from ropemods.training.models import reload_lines
 from ropemods.training.session import Session
 from ropemods.training.table import duration
-from ropemods.wording import count
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
 

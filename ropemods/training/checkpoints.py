@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ropemods.atomic import write_text
+from ropemods.settings.files import write_text
 
 COMPLETE = "complete.json"
 

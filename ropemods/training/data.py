@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ropemods.atomic import write_text
+from ropemods.settings.files import write_text
 from ropemods.training.batches import Rows
-from ropemods.training.rows import Packing, Row, Text, Tokenized, natural, stationary, tokenizer_for
 from ropemods.training.text import Source, digest, is_held_out
+from ropemods.training.token_rows import Packing, Row, Text, Tokenized, natural, stationary, tokenizer_for
 
 SURPLUS = 8
 """From local text so many times the rows are made, and a random choice of them is kept: a few long documents would

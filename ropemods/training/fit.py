@@ -16,16 +16,16 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ProgressCallback
 
 from ropemods.penalty import Penalized, Penalty
-from ropemods.training import checkpoints, memory, world
+from ropemods.training import checkpoints, peak_memory, world
 from ropemods.training.batches import Ordered, collator, order
 from ropemods.training.checkpoints import CompleteCheckpoints
 from ropemods.training.guard import Diverged, LossGuard
+from ropemods.training.leakage_probe import LeakageProbe
 from ropemods.training.measuring import held_out_documents
-from ropemods.training.probe import LeakageProbe
 from ropemods.training.progress import Progress
 from ropemods.training.reporters import add_reporters
-from ropemods.training.rows import Text
 from ropemods.training.session import Session
+from ropemods.training.token_rows import Text
 
 PROBED_TOKENS = 64
 """Tokens of held-out text on which a saved model is held against the one in memory."""
@@ -124,7 +124,7 @@ def fit(
     if start is not None:
         kept.seconds_before = checkpoints.read(start)["seconds"]
         session.say(f"  resuming from {start}")
-    memory.restart()
+    peak_memory.restart()
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if penalized is not None:
         penalized.remove()
@@ -135,7 +135,7 @@ def fit(
         model=folder / "model",
         tokens=rows.tokens(),
         seconds=kept.seconds(),
-        peak_bytes=memory.peak_bytes(),
+        peak_bytes=peak_memory.peak_bytes(),
         curve=guard.curve,
         probes=probes[0].curve if probes else [],
         dtype=next(p.dtype for p in trainer.model.parameters() if p.is_floating_point()),

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import ropemods
 from ropemods.leakage.documents import Documents, joined
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.report import Report
+from ropemods.report.report import Report
 from ropemods.training.batches import Ordered, collator
 from ropemods.training.data import Data
 

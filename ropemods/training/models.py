@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import ropemods
 from ropemods.attach import attach
-from ropemods.hooks import adapters, gguf, rotary
+from ropemods.model import adapters, gguf, rope_tables
 from ropemods.training.recipe import Recipe
 
 
@@ -91,7 +91,7 @@ def check_mods(recipe: Recipe, config: PreTrainedConfig) -> None:
         model = AutoModelForCausalLM.from_config(config)
     attach(model, list(recipe.mods))
     for mod in (mod for mod in recipe.mods if mod.edits_frequencies):
-        for table in rotary.tables(model):
+        for table in rope_tables.tables(model):
             mod.frequencies(torch.ones(table.live().shape[-1]), 1.0)
 
 

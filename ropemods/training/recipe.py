@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 from ropemods.leakage.protocol import Protocol
 from ropemods.mods import Mod
-from ropemods.options import REQUIRED, option
 from ropemods.penalty import Penalty
+from ropemods.settings.options import REQUIRED, option
 from ropemods.training.arm import ARMS
 from ropemods.training.data import DataOptions
-from ropemods.training.rows import Packing, Text
 from ropemods.training.text import Source
+from ropemods.training.token_rows import Packing, Text
 
 
 @dataclass(frozen=True, kw_only=True)

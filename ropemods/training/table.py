@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 
-from ropemods.changes import quantities
-from ropemods.leakage.report import Estimate, Report
+from ropemods.report.changes import quantities
+from ropemods.report.report import Estimate, Report
+from ropemods.report.words import NO_VALUE, count, markdown_table, number, shown
 from ropemods.training.arms import ArmResult
-from ropemods.wording import NO_VALUE, count, markdown_table, number, shown
 
 LEAKAGE = (
     ("residual, early", "residual", "early"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ropemods.attention import eager, flex, fused, paths
+from ropemods.attention import eager, flex, paths, sdpa
 from ropemods.attention.rows import Rows
 from tests.attention.test_rows import problem
 from tests.attention.test_triton_attend import DEVICE, assert_equal, everything, moved
@@ -55,7 +55,7 @@ def test_compiled_it_is_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(paths.VARIABLE, "flex")
     ours, _ = moved(rows, torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(fused.attend(ours)[0].cpu(), eager.attend(rows)[0], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(sdpa.attend(ours)[0].cpu(), eager.attend(rows)[0], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch has no backward of FlexAttention for CPUs")

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ropemods as rm
-from ropemods.attention import fused
+from ropemods.attention import sdpa
 from ropemods.attention.rows import Rows
 from ropemods.mods import AdaptiveTemperature, LearnedSink, UnrotatedBos
 from ropemods.mods.base import Call, Site
@@ -59,7 +59,7 @@ def step(q, k, v, stage) -> None:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
         rows = Rows(q, k, v, mask=None, causal=True, scale=q.shape[-1] ** -0.5)
-        out = fused.attend(stage(rows, Call()))[0]
+        out = sdpa.attend(stage(rows, Call()))[0]
     out.sum().backward()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ropemods as rm
-from ropemods.attention import fused, paths
+from ropemods.attention import paths, sdpa
 from ropemods.attention.rows import Rows
 from tests import zoo
 from tests.attention.test_rows import problem
@@ -40,7 +40,7 @@ def test_what_cannot_run_is_an_error_that_names_what_can(asked, message, monkeyp
     with pytest.raises(ValueError, match=message):
         paths.chosen(CPU)
     with pytest.raises(ValueError, match=message):
-        fused.attend(problem(CASE, torch.float32)[0])
+        sdpa.attend(problem(CASE, torch.float32)[0])
 
 
 @pytest.mark.parametrize("path", ["triton", "triton-rows"])
@@ -65,9 +65,9 @@ def test_on_cuda_our_kernels_run_where_they_can_and_only_when_asked_for(
 def test_every_path_gives_the_same_rows(path: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     rows, _ = problem(CASE | {"mask": mask}, torch.float32)
-    by_flash = fused.attend(rows)[0]
+    by_flash = sdpa.attend(rows)[0]
     monkeypatch.setenv(paths.VARIABLE, path)
-    torch.testing.assert_close(fused.attend(rows)[0], by_flash, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sdpa.attend(rows)[0], by_flash, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="makes its inputs on the CPU")
@@ -76,11 +76,11 @@ def test_a_soft_cap_runs_on_our_kernels_and_is_refused_by_stock_ones(monkeypatch
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     rows = Rows(q, k, v, mask=None, causal=True, scale=0.3, softcap=2.0)
     with pytest.raises(ValueError, match="ROPEMODS_KERNEL=triton"):
-        fused.attend(rows)
+        sdpa.attend(rows)
     monkeypatch.setenv(paths.VARIABLE, "triton")
     s = 2 * torch.tanh(q @ k.transpose(2, 3) * 0.3 / 2)
     s = s.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
-    torch.testing.assert_close(fused.attend(rows)[0], s.softmax(-1) @ v, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sdpa.attend(rows)[0], s.softmax(-1) @ v, rtol=1e-5, atol=1e-5)
 
 
 def test_the_summary_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ropemods.attention import eager, fused, reference
+from ropemods.attention import eager, reference, sdpa
 from ropemods.attention.rows import BosColumn, Rows, Temperature, dot_with_bos, wide
 
-PATHS = {"eager": eager, "sdpa": fused}
+PATHS = {"eager": eager, "sdpa": sdpa}
 
 cases = st.fixed_dictionaries(
     {
@@ -176,7 +176,7 @@ def test_a_closed_column_stays_closed_beside_logits_of_minus_ten_thousand(dtype:
     v = torch.tensor([1.0, 2.0, 2.0]).to(dtype)[None, None, :, None].expand(1, 1, 3, 16)
     first = torch.tensor([[True, False, False]])
     bos = BosColumn(first, first, torch.full((1, 1, 3), 1e4), torch.tensor(-math.inf))
-    out, _ = fused.attend(Rows(q, k, v, mask=None, causal=True, scale=0.25, bos=bos))
+    out, _ = sdpa.attend(Rows(q, k, v, mask=None, causal=True, scale=0.25, bos=bos))
     assert out[0, 0, :, 0].tolist() == [1.0, 2.0, 2.0]
 
 
@@ -200,4 +200,4 @@ def test_nan_stays_in_its_rows() -> None:
 def test_what_the_fused_path_cannot_do_names_what_can(change: dict, message: str) -> None:
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     with pytest.raises(ValueError, match=message):
-        fused.attend(Rows(q, k, v, mask=None, causal=True, scale=0.3)._replace(**change))
+        sdpa.attend(Rows(q, k, v, mask=None, causal=True, scale=0.3)._replace(**change))

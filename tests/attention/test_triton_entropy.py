@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ropemods.attention import eager, fused, paths
+from ropemods.attention import eager, paths, sdpa
 from ropemods.attention.triton.entropy import entropy
 from tests.attention.test_rows import problem
 
@@ -52,11 +52,11 @@ def test_it_is_asked_for_by_name_and_then_runs(monkeypatch: pytest.MonkeyPatch) 
         "magnitude": 1.0, "bos": "none", "temperature": "all", "sink": True, "seed": 5,
     }  # fmt: skip
     rows, _ = problem(case, torch.float32)
-    by_flash = fused.attend(rows)[0]
+    by_flash = sdpa.attend(rows)[0]
     monkeypatch.setenv(paths.VARIABLE, "triton-rows")
     ran = []
     monkeypatch.setattr("ropemods.attention.triton.entropy.row_stats", lambda *a, **k: ran.append(a) or stats(*a, **k))
     from ropemods.attention.triton.row_stats import row_stats as stats
 
-    torch.testing.assert_close(fused.attend(rows)[0], by_flash, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sdpa.attend(rows)[0], by_flash, rtol=1e-5, atol=1e-5)
     assert len(ran) == 1

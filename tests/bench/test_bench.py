@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ropemods.bench import clock
-from ropemods.bench.subjects import KINDS, SUBJECTS, Problem, Shape
-from ropemods.bench.survey import Plan, survey
-from ropemods.bench.tables import table
+from ropemods.bench.bench_tables import table
+from ropemods.bench.cases import KINDS, SUBJECTS, Problem, Shape
+from ropemods.bench.grid import Plan, survey
 from tests.cli.program import refused, run
 
 TINY = {"head_dim": 8, "heads": 4, "group_ratio": 2, "dtype": "float32"}

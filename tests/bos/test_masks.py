@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import ropemods as rm
-from ropemods import bos
 from ropemods.attention.rows import shown
+from ropemods.model import bos
 from ropemods.mods import AdaptiveTemperature, LearnedSink, ReplacedBos, TruncatedRoPE, UnrotatedBos
 from tests import zoo
 from tests.contract import close

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import ropemods as rm
-from ropemods.hooks import interface
+from ropemods.model import attention_function
 from ropemods.mods import LearnedSink, UnrotatedBos
 
 IMAGE, START, END = 5, 7, 8
@@ -53,7 +53,7 @@ def test_text_behind_an_image_is_as_far_from_the_bos_as_its_rotary_position_says
     handle = model.get_decoder().rotary_emb.register_forward_pre_hook(
         lambda _, args, kwargs: turned.append(args[1] if len(args) > 1 else kwargs["position_ids"]), with_kwargs=True
     )
-    with interface.observed(look, of=model, want_lse=False):
+    with attention_function.observed(look, of=model, want_lse=False):
         cache = model(**with_image()).past_key_values
         model(input_ids=torch.tensor([[13]]), past_key_values=cache)
     handle.remove()

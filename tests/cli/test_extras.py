@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import ropemods as rm
-from ropemods.extras import EXTRAS, MissingPackage, need
-from ropemods.training.reading import from_values
+from ropemods.settings.extras import EXTRAS, MissingPackage, need
+from ropemods.training.recipe_file import from_values
 from tests.cli.program import ENVIRONMENT, REPOSITORY, refused, run
 from tests.recipes import tiny
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import ropemods as rm
 from ropemods.cli import COMMANDS, load, main
 from ropemods.mods import MODS
-from ropemods.options import REQUIRED, fields
+from ropemods.settings.options import REQUIRED, fields
 from tests.cli.program import run, save_tiny, save_tokenizer, start
 
 

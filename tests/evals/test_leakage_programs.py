@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals import before_after, before_after_arms, claim, design_models, designs, dose, page, usage
-from ropemods.training.reference import train_tokenizer
+from ropemods.training.small_models import train_tokenizer
 
 WORDS = [a + b for a in "kamo telu sira no ven dor".split() for b in ("", "ta", "rin", "os", "el", "um", "i", "ash")]
 

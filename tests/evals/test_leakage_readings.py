@@ -14,7 +14,7 @@ from evals import before_after_arms, before_after_page, designs_page, dose, usag
 from evals.measured import mean, ratio
 from evals.tight_loop import rows_of, train
 from ropemods.mods.base import Layout
-from ropemods.training.reference import train_tokenizer
+from ropemods.training.small_models import train_tokenizer
 from tests import zoo
 
 

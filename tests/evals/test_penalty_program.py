@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evals import penalty
 from evals.measured import upper_layers
 from evals.penalty_bench import FAR, LENGTH, LONG, Arm, Bench, crops_of, early, protocols
-from ropemods.hooks.listening import listening
 from ropemods.leakage.capture import capture
 from ropemods.leakage.estimate import estimate
+from ropemods.model.observation import listening
 
 P = {
     "learning_rate": 1e-3, "warmup": 2, "batch": 4, "groups": 16, "rows": 16, "crops": 32, "far": 2, "measure_batch": 16

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.report import (
+from ropemods.report.report import (
     Bin,
     Control,
     Entropy,

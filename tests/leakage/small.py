@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.report import Report
+from ropemods.report.report import Report
 from tests import zoo
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"

@@ -12,15 +12,15 @@ from torch import Tensor
 import ropemods as rm
 from ropemods.attention import eager
 from ropemods.attention.rows import Rows
-from ropemods.hooks.interface import observed
-from ropemods.hooks.listening import listening
-from ropemods.hooks.precision import in_dtype
 from ropemods.leakage import reading
 from ropemods.leakage.capture import capture, losses
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import read_documents
 from ropemods.leakage.interventions import plain
 from ropemods.leakage.protocol import Protocol
+from ropemods.model.attention_function import observed
+from ropemods.model.casts import in_dtype
+from ropemods.model.observation import listening
 from tests import zoo
 from tests.leakage.small import PROTOCOL, documents, tokenizer
 from tests.leakage.synthetic import LargestTensor, band_of

@@ -11,14 +11,14 @@ import torch
 
 import ropemods as rm
 from ropemods.attention import eager
-from ropemods.hooks import variants
-from ropemods.hooks.interface import observed
-from ropemods.hooks.listening import listening
 from ropemods.leakage.capture import capture
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import read_documents
 from ropemods.leakage.interventions import NAMES, clamp, mean, random_tokens
-from ropemods.leakage.report import Estimate, Intervention
+from ropemods.model import variants
+from ropemods.model.attention_function import observed
+from ropemods.model.observation import listening
+from ropemods.report.report import Estimate, Intervention
 from tests import zoo
 from tests.leakage.small import PROTOCOL, documents, real, text, tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ropemods as rm
-from ropemods.leakage.suggest import Band, Ladder, _cut, _share_kept
+from ropemods.leakage.suggestion import Band, Ladder, _cut, _share_kept
 from tests import zoo
 from tests.leakage.small import documents, tokenizer
 

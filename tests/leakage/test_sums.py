@@ -12,8 +12,8 @@ from torch import Tensor
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.layer_sums import one_per_group
 from ropemods.leakage.protocol import Protocol
-from ropemods.leakage.record import encode
 from ropemods.leakage.sums import Sums
+from ropemods.settings.json_records import encode
 from tests.leakage import two_ranks
 from tests.leakage.synthetic import Causal, LargestTensor, Windowed, band_of
 

@@ -6,7 +6,7 @@ import torch
 import ropemods as rm
 from ropemods.attention import reference
 from ropemods.attention.rows import Temperature
-from ropemods.hooks import interface
+from ropemods.model import attention_function
 from ropemods.mods import AdaptiveTemperature
 from ropemods.mods.adaptive_temperature import PUBLISHED
 from tests import zoo
@@ -69,8 +69,8 @@ def test_bad_options_say_what_is_wrong(options: dict, message: str | None) -> No
 
 def test_a_mask_that_the_layers_share_is_looked_at_once_and_again_when_it_changes(monkeypatch) -> None:
     """Looking waits for the device. A mask that adds to logits goes where they are written out."""
-    looked, adds = [], interface._adds
-    monkeypatch.setattr(interface, "_adds", lambda mask: looked.append(mask) or adds(mask))
+    looked, adds = [], attention_function._adds
+    monkeypatch.setattr(attention_function, "_adds", lambda mask: looked.append(mask) or adds(mask))
     model, ids = rm.apply(zoo.build("llama", "sdpa"), AdaptiveTemperature()), zoo.tokens()
     eager = rm.apply(zoo.build("llama", "eager"), AdaptiveTemperature())
     mask = torch.full((12, 12), float("-inf")).triu(1).expand(2, 1, 12, 12).clone()

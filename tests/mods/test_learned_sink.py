@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropemods as rm
-from ropemods.hooks import interface
+from ropemods.model import attention_function
 from ropemods.mods import AdaptiveTemperature, LearnedSink, ReplacedBos, TruncatedRoPE, UnrotatedBos
 from tests import zoo
 from tests.contract import ModContract, close, perturb
@@ -48,7 +48,7 @@ def test_a_calibrated_sink_takes_the_mass_that_bos_had(backend: str) -> None:
         if site.layer == 0:
             taken.append(torch.exp(rows.sink_H[:, None] - lse)[:, :, 1:].mean((0, 2)))
 
-    with interface.observed(look, of=model, want_lse=True), torch.no_grad():
+    with attention_function.observed(look, of=model, want_lse=True), torch.no_grad():
         model(ids)
     close(taken[0], had, 1e-5)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import ropemods as rm
 from ropemods.attention import reference
-from ropemods.hooks.sites import attention_layers
+from ropemods.model.attention_layers import attention_layers
 from tests import oracle, zoo
 from tests.contract import close
 from tests.mods.own import Cooled, Levelled, Shifted, Slowed

@@ -5,7 +5,7 @@ import torch
 
 import ropemods as rm
 from evals import tiny_models
-from ropemods.hooks.sites import attention_layers
+from ropemods.model.attention_layers import attention_layers
 from ropemods.mods import AdaptiveTemperature, TruncatedRoPE, UnrotatedBos
 from tests import zoo
 from tests.contract import ModContract, close
@@ -59,7 +59,7 @@ def test_moving_every_position_changes_nothing() -> None:
 
 
 def test_a_model_that_changes_queries_after_rotation_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr("ropemods.hooks.rotary.find_layout", lambda *_: None)
+    monkeypatch.setattr("ropemods.model.rope_tables.find_layout", lambda *_: None)
     model = zoo.build("llama")
     with pytest.raises(ValueError, match="in no way that is known"):
         rm.apply(model, UnrotatedBos())

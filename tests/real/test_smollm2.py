@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import ropemods as rm
 from ropemods.leakage.documents import read_documents
-from ropemods.strict_yaml import read
+from ropemods.settings.strict_yaml import read
 from ropemods.training import smollm2
 from ropemods.training.__main__ import main
 from ropemods.training.arms import ArmResult, read_result

@@ -20,7 +20,7 @@ from ropemods.training.__main__ import main
 from ropemods.training.arms import ArmResult, read_result, run_arm
 from ropemods.training.batches import Rows
 from ropemods.training.guard import Diverged
-from ropemods.training.reading import from_values
+from ropemods.training.recipe_file import from_values
 from ropemods.training.table import duration, table
 from tests.recipes import tiny
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ropemods.training.launch import command
+from ropemods.training.launcher import command
 
 START = [sys.executable, "-m"]
 END = ["--config", "r.yaml"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ropemods.training.arms import read_result
-from ropemods.training.launch import command
+from ropemods.training.launcher import command
 from tests.recipes import launched, tiny
 
 pytestmark = pytest.mark.slow

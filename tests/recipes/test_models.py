@@ -10,10 +10,10 @@ import pytest
 import yaml
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from ropemods.strict_yaml import read
+from ropemods.settings.strict_yaml import read
 from ropemods.training.__main__ import main
 from ropemods.training.arms import read_result
-from ropemods.training.reading import from_values
+from ropemods.training.recipe_file import from_values
 from tests.recipes import tiny
 from tests.recipes.launched import FINETUNE, ROOT, run, torchrun
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropemods.strict_yaml import read
+from ropemods.settings.strict_yaml import read
 from ropemods.training import smollm2
 from ropemods.training.arms import read_result
-from ropemods.training.reference import Architecture, train_tokenizer
+from ropemods.training.small_models import Architecture, train_tokenizer
 from tests.recipes import tiny
 from tests.recipes.launched import ROOT
 

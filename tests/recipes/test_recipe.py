@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from ropemods.options import fields
+from ropemods.settings.options import fields
 from ropemods.training import models
-from ropemods.training.reading import flags, from_command_line, from_values, help_text
 from ropemods.training.recipe import Options
+from ropemods.training.recipe_file import flags, from_command_line, from_values, help_text
 from tests.recipes import tiny
 
 M, T, OUT = Path("model"), Path("text.jsonl"), Path("out")

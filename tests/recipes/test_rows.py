@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ropemods.leakage.crops import MARGIN
 from ropemods.training.batches import Ordered, Rows, collator, order
-from ropemods.training.rows import Row, Tokenized, natural, stationary, tokenizer_for
+from ropemods.training.token_rows import Row, Tokenized, natural, stationary, tokenizer_for
 from tests.recipes import tiny
 
 BOS = 0

@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, set_seed
 
-from ropemods.training.reading import from_values
 from ropemods.training.recipe import Recipe
-from ropemods.training.reference import train_tokenizer
+from ropemods.training.recipe_file import from_values
+from ropemods.training.small_models import train_tokenizer
 
 STDLIB = Path(ast.__file__).parent
 MODULES = (

@@ -19,7 +19,7 @@ import ropemods
 from ropemods.training import measuring, models, session
 from ropemods.training.arms import run_arm
 from ropemods.training.batches import Ordered, collator, order
-from ropemods.training.reading import from_values
+from ropemods.training.recipe_file import from_values
 
 
 def by_the_trainer(values: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import ropemods as rm
 from ropemods.cli import COMMANDS, load, main
 from ropemods.mods import MODS
-from ropemods.options import declared, fields
+from ropemods.settings.options import declared, fields
 from tests import zoo
 from tests.cli.program import save_tiny, save_tokenizer
 from tests.strangers.uses import ARCHITECTURES, REMEDY

@@ -1,6 +1,6 @@
 """The entropy of the rows of one attention call, on the row-statistics kernel.
 
-The BOS column is hidden from the kernel and joined to what it returns (`ropemods.attention.joined`).
+The BOS column is hidden from the kernel and joined to what it returns (`ropemods.attention.column_entropy`).
 
 Shapes: B batch, H query heads, T queries.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ropemods.attention.joined import with_column, without_column
+from ropemods.attention.column_entropy import with_column, without_column
 from ropemods.attention.rows import Rows
 from ropemods.attention.triton.row_stats import row_stats
 from ropemods.attention.triton.spans import spans

@@ -1,5 +1,0 @@
-"""Reports and comparisons as a self-contained HTML page, drawn with nothing but text."""
-
-from ropemods.pages.page import render_page
-
-__all__ = ["render_page"]
