@@ -45,14 +45,14 @@ _HOMES = {
     "penalize": "penalty",
     "Penalty": "penalty",
     "Penalized": "penalty",
-    "measure": "leakage.measure",
+    "measure": "leakage.measurement",
     "Protocol": "leakage.protocol",
-    "Report": "leakage.report",
-    "compare": "comparison",
-    "compare_arms": "comparison",
-    "Comparison": "comparison",
-    "suggest": "leakage.suggest",
-    "Suggestion": "leakage.suggest",
+    "Report": "report.report",
+    "compare": "report.comparison",
+    "compare_arms": "report.comparison",
+    "Comparison": "report.comparison",
+    "suggest": "leakage.suggestion",
+    "Suggestion": "leakage.suggestion",
 }
 
 __all__ = list(_HOMES)

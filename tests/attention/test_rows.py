@@ -20,7 +20,7 @@ cases = st.fixed_dictionaries(
         "batch": st.integers(1, 2),
         "groups": st.sampled_from([1, 2]),
         "repeats": st.sampled_from([1, 2, 3]),
-        "queries": st.integers(1, 14),  # on both sides of few.ROWS
+        "queries": st.integers(1, 14),  # on both sides of cpu_decode.ROWS
         "past": st.sampled_from([0, 0, 3]),
         "dim": st.sampled_from([2, 5, 8, 16]),
         "mask": st.sampled_from(["causal", "padded", "window", "additive"]),

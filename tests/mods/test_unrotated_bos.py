@@ -5,6 +5,7 @@ import torch
 
 import ropemods as rm
 from evals import tiny_models
+from ropemods.model import attention_function
 from ropemods.model.attention_layers import attention_layers
 from ropemods.mods import AdaptiveTemperature, TruncatedRoPE, UnrotatedBos
 from tests import zoo
@@ -46,7 +47,7 @@ def test_the_bos_logit_does_not_depend_on_position(architecture: str) -> None:
         if site.layer == 0:
             seen.append(rows.bos.logit_BHT[0, :, 1:])
 
-    with rm.hooks.interface.observed(look, of=model, want_lse=False), torch.no_grad():
+    with attention_function.observed(look, of=model, want_lse=False), torch.no_grad():
         model(ids, use_cache=False)
     close(seen[0], seen[0][:, :1].expand_as(seen[0]), 1e-6)
 
