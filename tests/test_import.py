@@ -54,6 +54,12 @@ def test_help_and_mistakes_answer_without_torch() -> None:
     assert run(program).strip().splitlines()[-1] == "[0, 0, 0, 2] False"
 
 
+def test_every_public_name_is_where_it_is_said_to_be() -> None:
+    import ropemods
+
+    assert all(getattr(ropemods, name).__name__ == name for name in ropemods.__all__)
+
+
 def test_no_module_has_the_name_of_a_public_function() -> None:
     """Importing ropemods.x sets the attribute x of the package, and a function of that name would be gone."""
     import pkgutil
