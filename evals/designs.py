@@ -37,7 +37,7 @@ from evals.measured import numbers
 from evals.tight_loop import held_out_texts
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents
-from ropemods.report.report import Intervention
+from ropemods.report.records import Intervention
 
 STUDIED = ("standard", "NTK", "window")
 """The paper's three; they get the reference distribution of the swaps."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from evals.claim import Learned
 from evals.measured import mean, ratio
-from ropemods.report.report import Estimate
+from ropemods.report.records import Estimate
 
 STUDIED = ("standard", "NTK", "window")
 

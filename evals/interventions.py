@@ -24,7 +24,8 @@ import ropemods as rm
 from evals.claim import Cells, Learned
 from ropemods.leakage.documents import Documents, joined, read_documents
 from ropemods.leakage.interventions import NAMES
-from ropemods.report.report import Estimate, Intervention, Report
+from ropemods.report.records import Estimate, Intervention
+from ropemods.report.report import Report
 from ropemods.report.words import interval, markdown_table, number, percent
 
 PROTOCOL = {

@@ -22,7 +22,8 @@ import ropemods as rm
 from ropemods.leakage.capture import forward, losses
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents
-from ropemods.report.report import Estimate, Report, Term
+from ropemods.report.records import Estimate, Term
+from ropemods.report.report import Report
 
 Numbers = Mapping[str, Any]
 """{quantity: {"value": …, "replicates": […]}}"""

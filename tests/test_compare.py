@@ -14,7 +14,8 @@ import torch
 from ropemods.leakage.draws import multipliers, pair_draws
 from ropemods.leakage.protocol import Protocol
 from ropemods.report.comparison import Change, compare, compare_arms
-from ropemods.report.report import Estimate, Report
+from ropemods.report.records import Estimate
+from ropemods.report.report import Report
 from tests.leakage.fake_reports import PROTOCOL, fake_report, four_arms, shared_noise
 
 

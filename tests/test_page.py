@@ -27,7 +27,8 @@ from ropemods.report.html.colour import BLUE_ORANGE, Shade, shared_limit
 from ropemods.report.html.heat import heat_map
 from ropemods.report.html.markup import Markup, element, join, minus
 from ropemods.report.html.style import PALETTE
-from ropemods.report.report import Estimate, Intervention, Report, Usage
+from ropemods.report.records import Estimate, Intervention, Usage
+from ropemods.report.report import Report
 from tests.leakage.fake_reports import fake_report, four_arms
 
 EVIL = "<script>alert(1)</script>\"'&"

@@ -27,7 +27,7 @@ from ropemods.leakage.interventions import plain
 from ropemods.leakage.known import Known, covered, planted, reindexed, toeplitz
 from ropemods.model import casts
 from ropemods.model.observation import Listened
-from ropemods.report.report import Control, Estimate, Term
+from ropemods.report.records import Control, Estimate, Term
 
 REPETITIONS = 200
 PLANTED = 1.0

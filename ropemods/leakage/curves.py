@@ -19,7 +19,7 @@ from torch import Tensor
 from ropemods.leakage.draws import interval, mean_draws, multipliers
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
-from ropemods.report.report import Entropy, Estimate, Sink, Usage
+from ropemods.report.records import Entropy, Estimate, Sink, Usage
 
 POINTS = 96
 """Queries at which sink curves are kept."""

@@ -32,15 +32,7 @@ from ropemods.leakage.draws import interval, multipliers, pair_draws, pair_mean
 from ropemods.leakage.mask import PSI, interpolation
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
-from ropemods.report.report import (
-    Bin,
-    Entropy,
-    Estimate,
-    HeadTerm,
-    LayerTerm,
-    Sink,
-    Term,
-)
+from ropemods.report.records import Bin, Entropy, Estimate, HeadTerm, LayerTerm, Sink, Term
 
 ALL, EARLY, BINS = 0, 1, 2
 """Where a measure stands on the M axis; bins are from BINS on."""

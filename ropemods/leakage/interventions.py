@@ -47,7 +47,7 @@ from ropemods.leakage.reading import bos_mass
 from ropemods.leakage.sums import Sums
 from ropemods.model import variants
 from ropemods.model.observation import Listened
-from ropemods.report.report import Estimate, Intervention, Term
+from ropemods.report.records import Estimate, Intervention, Term
 
 SWAPS = ("zero", "mean", "noise", "none")
 NAMES = (*SWAPS, "reference", "clamp", "carrier", "window", "rope_scaling")

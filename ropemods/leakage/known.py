@@ -21,7 +21,7 @@ from torch import Tensor
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
-from ropemods.report.report import Term
+from ropemods.report.records import Term
 
 PROTOCOL = Protocol(sequences=64, groups=16, length=64, early=(8, 32), grid_rows=24, replicates=400)
 PATTERNS = 16

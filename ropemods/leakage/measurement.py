@@ -35,7 +35,8 @@ from ropemods.leakage.protocol import Protocol
 from ropemods.model import casts, config_record, rope_tables
 from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import Listened, listening
-from ropemods.report.report import ModelFacts, Report, TextFacts
+from ropemods.report.records import ModelFacts, TextFacts
+from ropemods.report.report import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

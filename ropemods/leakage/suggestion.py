@@ -45,7 +45,7 @@ from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import listening
 from ropemods.mods.learned_sink import sink_with_mass
 from ropemods.mods.truncated_rope import TruncatedRoPE
-from ropemods.report.report import Usage
+from ropemods.report.records import Usage
 from ropemods.report.words import markdown_table, number, percent
 from ropemods.settings.files import write_text
 from ropemods.settings.json_records import dumps, encode

@@ -14,14 +14,15 @@ may be 0 says nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
 
-from ropemods.report.report import Estimate, Report, Sink
+from ropemods.report.findings import Findings
+from ropemods.report.records import Estimate, Sink
 from ropemods.report.words import TERMS
 
 SCOPES = ("early", "all")
@@ -64,7 +65,25 @@ class Contrast:
         return None
 
 
-def contrast(name_a: str, a: Report, name_b: str, b: Report, *, paired: bool) -> Contrast:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrasts:
+    """Named arms and the contrasts between them; the first contrast is the headline.
+
+    `differences` names what the arms' protocols do not share, and is empty unless that was allowed. `Comparison`
+    (`comparison.py`) is the same record with ways to show it.
+    """
+
+    arms: Mapping[str, Findings]
+    contrasts: tuple[Contrast, ...]
+    differences: tuple[str, ...] = field(default=())
+
+    @property
+    def headline(self) -> Contrast:
+        """The contrast that answers the question."""
+        return self.contrasts[0]
+
+
+def contrast(name_a: str, a: Findings, name_b: str, b: Findings, *, paired: bool) -> Contrast:
     """Every change from a to b. `paired` says that their replicates drew the same documents."""
     before, after = quantities(a), quantities(b)
     if a.model.layers != b.model.layers:  # layer 3 of one is not layer 3 of the other
@@ -78,7 +97,7 @@ def contrast(name_a: str, a: Report, name_b: str, b: Report, *, paired: bool) ->
     return Contrast(before=name_a, after=name_b, paired=paired, changes=changes)
 
 
-def quantities(report: Report) -> dict[tuple[str, str, int | None], Estimate]:
+def quantities(report: Findings) -> dict[tuple[str, str, int | None], Estimate]:
     """Every estimate of a report by (quantity, scope, layer), headline first."""
     found: dict[tuple[str, str, int | None], Estimate] = {}
     for name in TERMS:

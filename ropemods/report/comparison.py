@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ropemods.report.changes import Change, Contrast, contrast, quantities
+from ropemods.report.changes import Change, Contrast, Contrasts, contrast, quantities
 from ropemods.report.report import Report
 from ropemods.report.words import shown
 from ropemods.settings.files import write_text
@@ -32,20 +32,10 @@ __all__ = ["Change", "Comparison", "Contrast", "compare", "compare_arms"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Comparison:
-    """Named arms and the contrasts between them; the first contrast is the headline.
-
-    `differences` names what the arms' protocols do not share, and is empty unless that was allowed.
-    """
+class Comparison(Contrasts):
+    """Named arms and the contrasts between them; the first contrast is the headline."""
 
     arms: Mapping[str, Report]
-    contrasts: tuple[Contrast, ...]
-    differences: tuple[str, ...] = field(default=())
-
-    @property
-    def headline(self) -> Contrast:
-        """The contrast that answers the question."""
-        return self.contrasts[0]
 
     def to_markdown(self) -> str:
         """All arms side by side, then the changes of the headline, whole model and by layer."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from ropemods.report.changes import Change, Contrast, Contrasts
 from ropemods.report.markdown import mods_line, protocol_line
 from ropemods.report.words import (
     NO_VALUE,
@@ -22,10 +22,6 @@ from ropemods.report.words import (
     shown,
     shown_ratio,
 )
-
-if TYPE_CHECKING:
-    from ropemods.report.changes import Change, Contrast
-    from ropemods.report.comparison import Comparison
 
 _SUBJECTS = (
     ("residual", "early", "the early residual", " nats²"),
@@ -67,12 +63,12 @@ def pairing_line(contrast: Contrast) -> str:
     return "Intervals of differences are not paired: the arms were not measured on the same crops."
 
 
-def comparison_markdown(comparison: Comparison) -> str:
+def comparison_markdown(comparison: Contrasts) -> str:
     """The whole comparison as Markdown, headline first."""
     return "\n\n".join(_sections(comparison)) + "\n"
 
 
-def _sections(comparison: Comparison) -> Iterator[str]:
+def _sections(comparison: Contrasts) -> Iterator[str]:
     headline = comparison.headline
     first = comparison.arms[headline.before]
     yield f"# Leakage: {headline.before} to {headline.after}"
@@ -107,7 +103,7 @@ def _changes(contrast: Contrast) -> str:
     return markdown_table(head, rows)
 
 
-def _arms(comparison: Comparison) -> str:
+def _arms(comparison: Contrasts) -> str:
     first, *others = _from_first(comparison)
     rows = []
     for change in first.changes:
@@ -125,7 +121,7 @@ def _arms(comparison: Comparison) -> str:
     return markdown_table(("", *comparison.arms), rows)
 
 
-def _changes_from_first(comparison: Comparison) -> str:
+def _changes_from_first(comparison: Contrasts) -> str:
     contrasts = _from_first(comparison)
     rows = []
     for change in contrasts[0].changes:
@@ -138,7 +134,7 @@ def _changes_from_first(comparison: Comparison) -> str:
     return markdown_table(("", *(contrast.after for contrast in contrasts)), rows)
 
 
-def _from_first(comparison: Comparison) -> list[Contrast]:
+def _from_first(comparison: Contrasts) -> list[Contrast]:
     """The contrast of the first arm with every other one, in the arms' order."""
     first, *others = comparison.arms
     found = {(c.before, c.after): c for c in comparison.contrasts}
@@ -162,7 +158,7 @@ def _layers(contrast: Contrast) -> str:
     return markdown_table(head, rows)
 
 
-def _origins(comparison: Comparison) -> str:
+def _origins(comparison: Contrasts) -> str:
     rows = [
         (
             name,

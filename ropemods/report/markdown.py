@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from ropemods.report.findings import Findings
+from ropemods.report.records import Estimate
 from ropemods.report.words import (
     TERMS,
     basis,
@@ -23,16 +24,13 @@ from ropemods.report.words import (
     shown,
 )
 
-if TYPE_CHECKING:
-    from ropemods.report.report import Estimate, Report
 
-
-def report_markdown(report: Report) -> str:
+def report_markdown(report: Findings) -> str:
     """The whole report as Markdown, headline first."""
     return "\n\n".join(_sections(report)) + "\n"
 
 
-def _sections(report: Report) -> Iterator[str]:
+def _sections(report: Findings) -> Iterator[str]:
     model, text = report.model, report.text
     yield f"# Leakage of {model.name}"
     yield (f"{text.sequences:,} sequences, {count(text.tokens)} tokens of {text.source}. Mods: {mods_line(report)}.")
@@ -52,7 +50,7 @@ def _sections(report: Report) -> Iterator[str]:
     yield provenance(report)
 
 
-def report_sentences(report: Report) -> list[str]:
+def report_sentences(report: Findings) -> list[str]:
     """What the report says about the early queries, a sentence per term."""
     sentences = []
     for name in TERMS:
@@ -68,7 +66,7 @@ def report_sentences(report: Report) -> list[str]:
     return sentences
 
 
-def mods_line(report: Report) -> str:
+def mods_line(report: Findings) -> str:
     """The mods with their strengths in one line: `truncated_rope at 0.5, learned_sink at 1`."""
     kinds = [str(mod.get("kind", "?")) for mod in report.model.mods]
     strengths = report.model.strength
@@ -76,7 +74,7 @@ def mods_line(report: Report) -> str:
     return ", ".join(named) or "none"
 
 
-def provenance(report: Report) -> str:
+def provenance(report: Findings) -> str:
     """What someone needs in order to repeat the measurement, protocol first."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return (
@@ -86,13 +84,13 @@ def provenance(report: Report) -> str:
     )
 
 
-def protocol_line(report: Report) -> str:
+def protocol_line(report: Findings) -> str:
     """The protocol's hash and fields: `Protocol 3f9c0a12b7de: sequences 384, length 512, ...`."""
     fields = ", ".join(f"{key} {value}" for key, value in report.protocol.items())
     return f"Protocol `{report.protocol_hash}`: {fields}."
 
 
-def _headline(report: Report) -> str:
+def _headline(report: Findings) -> str:
     rows = []
     for name in TERMS:
         for scope in ("early", "all"):
@@ -102,7 +100,7 @@ def _headline(report: Report) -> str:
     return markdown_table(("leakage", "nats²", "interval", "root, nats"), rows)
 
 
-def _other_values(report: Report) -> str:
+def _other_values(report: Findings) -> str:
     rows = []
     for quantity, estimate in (
         ("share", report.share),
@@ -118,7 +116,7 @@ def _other_values(report: Report) -> str:
     return markdown_table(("also", "value", "interval"), rows)
 
 
-def _layers(report: Report) -> str:
+def _layers(report: Findings) -> str:
     names = [name for name in TERMS if name in report.terms]
     head = ["layer"]
     for name in names:
@@ -137,7 +135,7 @@ def _layers(report: Report) -> str:
     return markdown_table(tuple(head), rows)
 
 
-def _bins(report: Report) -> str:
+def _bins(report: Findings) -> str:
     names = [name for name in TERMS if name in report.terms]
     rows = []
     for i, first in enumerate(report.terms[names[0]].bins):
@@ -151,7 +149,7 @@ def _bins(report: Report) -> str:
     return markdown_table(tuple(head), rows)
 
 
-def _interventions(report: Report) -> str:
+def _interventions(report: Findings) -> str:
     rows = []
     for entry in report.interventions:
         change = entry.change
@@ -163,7 +161,7 @@ def _interventions(report: Report) -> str:
     return markdown_table(head, rows)
 
 
-def _controls(report: Report) -> str:
+def _controls(report: Findings) -> str:
     rows = []
     for entry in report.controls:
         expected = entry.expected if isinstance(entry.expected, str) else number(entry.expected)

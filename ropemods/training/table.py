@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 
 from ropemods.report.changes import quantities
-from ropemods.report.report import Estimate, Report
+from ropemods.report.records import Estimate
+from ropemods.report.report import Report
 from ropemods.report.words import NO_VALUE, count, markdown_table, number, shown
 from ropemods.training.arms import ArmResult
 

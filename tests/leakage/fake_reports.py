@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ropemods.leakage.protocol import Protocol
-from ropemods.report.report import (
+from ropemods.report.records import (
     Bin,
     Control,
     Entropy,
@@ -24,12 +24,12 @@ from ropemods.report.report import (
     Intervention,
     LayerTerm,
     ModelFacts,
-    Report,
     Sink,
     Term,
     TextFacts,
     Usage,
 )
+from ropemods.report.report import Report
 
 REPLICATES = 200
 LENGTH = 512

@@ -12,7 +12,7 @@ import ropemods as rm
 from ropemods.leakage import known
 from ropemods.leakage.controls import coverage, synthetic, within
 from ropemods.leakage.known import planted, reindexed, toeplitz
-from ropemods.report.report import Control, Estimate
+from ropemods.report.records import Control, Estimate
 from tests import zoo
 from tests.leakage.small import PROTOCOL, documents, tokenizer
 

@@ -18,7 +18,7 @@ from ropemods.leakage.interventions import NAMES, clamp, mean, random_tokens
 from ropemods.model import variants
 from ropemods.model.attention_function import observed
 from ropemods.model.observation import listening
-from ropemods.report.report import Estimate, Intervention
+from ropemods.report.records import Estimate, Intervention
 from tests import zoo
 from tests.leakage.small import PROTOCOL, documents, real, text, tokenizer
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropemods.report.report import Estimate, Intervention, Report
+from ropemods.report.records import Estimate, Intervention
+from ropemods.report.report import Report
 from ropemods.settings.json_records import RecordError, decode, encode
 from tests.leakage.fake_reports import fake_report, four_arms
 

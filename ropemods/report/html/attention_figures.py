@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from ropemods.report.changes import Contrasts
 from ropemods.report.html.axes import around
 from ropemods.report.html.charts import Series, Zone, lines
 from ropemods.report.html.colour import Shade, depth_style, shared_limit
@@ -18,14 +18,11 @@ from ropemods.report.html.figures import head_maps, span
 from ropemods.report.html.heat import colour_bar, heat_map
 from ropemods.report.html.layout import Arm, figure, folded, grid, legend, section
 from ropemods.report.html.markup import Markup, element
-from ropemods.report.report import Entropy, Grid, Sink, Usage
+from ropemods.report.records import Entropy, Grid, Sink, Usage
 from ropemods.report.words import number, percent
 
-if TYPE_CHECKING:
-    from ropemods.report.comparison import Comparison
 
-
-def sinks(arms: Sequence[Arm], comparison: Comparison | None) -> Markup | None:
+def sinks(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | None:
     """Attention to BOS and to position 1 against the query."""
     found = [(arm, arm.report.sink) for arm in arms if arm.report.sink is not None]
     if not found:
@@ -131,7 +128,7 @@ def _mean_rows(rows: Grid) -> list[float]:
     return means
 
 
-def entropies(arms: Sequence[Arm], comparison: Comparison | None) -> Markup | None:
+def entropies(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | None:
     """Entropy of attention rows against the query, and by head."""
     found = [(arm, arm.report.entropy) for arm in arms if arm.report.entropy is not None]
     if not found:

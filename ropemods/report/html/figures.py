@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from ropemods.report.changes import Contrasts
 from ropemods.report.html.charts import Series, lines
 from ropemods.report.html.colour import Shade, shared_limit
 from ropemods.report.html.heat import colour_bar, heat_map
 from ropemods.report.html.layout import Arm, figure, folded, grid, legend, section
 from ropemods.report.html.markup import Markup, element
-from ropemods.report.report import Grid
+from ropemods.report.records import Grid
 from ropemods.report.words import TERMS, number
-
-if TYPE_CHECKING:
-    from ropemods.report.comparison import Comparison
 
 
 def by_query(arms: Sequence[Arm]) -> Markup | None:
@@ -85,7 +82,7 @@ def span(start: int, stop: int) -> str:
     return f"{start}–{stop - 1}"
 
 
-def by_head(arms: Sequence[Arm], comparison: Comparison | None) -> Markup | None:
+def by_head(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | None:
     """Layers × heads at early queries: every arm and the headline's difference on one scale."""
     groups = []
     for name in TERMS:
@@ -111,7 +108,7 @@ def by_head(arms: Sequence[Arm], comparison: Comparison | None) -> Markup | None
 
 def head_maps(
     grids: dict[str, Grid],
-    comparison: Comparison | None,
+    comparison: Contrasts | None,
     unit: str,
     show: Callable[[float], str],
     *,

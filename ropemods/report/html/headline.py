@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from ropemods.report.changes import Change, Contrast, quantities
-from ropemods.report.comparison import Comparison
+from ropemods.report.changes import Change, Contrast, Contrasts, quantities
 from ropemods.report.comparison_tables import headline_sentences, pairing_line
+from ropemods.report.findings import Findings
 from ropemods.report.html.charts import dots
 from ropemods.report.html.layout import Arm, figure, folded, grid, legend, section, table, with_interval
 from ropemods.report.html.markup import Child, Markup, element, minus
 from ropemods.report.markdown import report_sentences
+from ropemods.report.records import Estimate
 from ropemods.report.words import (
     NO_VALUE,
     TERM_MEANING,
@@ -24,9 +24,6 @@ from ropemods.report.words import (
     shown_ratio,
 )
 
-if TYPE_CHECKING:
-    from ropemods.report.report import Estimate, Report
-
 _TERM_CAPTIONS = {
     "residual": "Residual, early queries",
     "mask": "Mask, early queries",
@@ -34,7 +31,7 @@ _TERM_CAPTIONS = {
 }
 
 
-def headline(arms: Sequence[Arm], comparison: Comparison | None) -> Markup:
+def headline(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup:
     """The first section of the page."""
     protocol = arms[0].report.protocol
     explained = f"{basis(protocol)} Leakage is in nats²; its root is in nats."
@@ -62,7 +59,7 @@ def headline(arms: Sequence[Arm], comparison: Comparison | None) -> Markup:
     )
 
 
-def _lead(arms: Sequence[Arm], comparison: Comparison | None) -> Markup:
+def _lead(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup:
     if comparison is None:
         told = [element("li", minus(text)) for text in report_sentences(arms[0].report)]
         return element("ul", told, class_="lead")
@@ -107,7 +104,7 @@ def _arms_table(arms: Sequence[Arm]) -> Markup:
     return table(("", *(arm.name for arm in arms)), rows, caption="All arms, with intervals")
 
 
-def _quantities(report: Report) -> Iterator[tuple[str, str, Estimate]]:
+def _quantities(report: Findings) -> Iterator[tuple[str, str, Estimate]]:
     for (quantity, scope, layer), estimate in quantities(report).items():
         if layer is None:
             yield quantity, scope, estimate

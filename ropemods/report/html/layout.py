@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ropemods.report.changes import Contrasts
+from ropemods.report.findings import Findings
 from ropemods.report.html.charts import marker
 from ropemods.report.html.markup import Child, Markup, element, join, minus
-
-if TYPE_CHECKING:
-    from ropemods.report.comparison import Comparison
-    from ropemods.report.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +17,10 @@ class Arm:
 
     name: str
     look: str
-    report: Report
+    report: Findings
 
 
-def dress(reports: Mapping[str, Report], comparison: Comparison | None) -> tuple[Arm, ...]:
+def dress(reports: Mapping[str, Findings], comparison: Contrasts | None) -> tuple[Arm, ...]:
     """Give each arm its look: blue and vermilion for the headline's two, then the others."""
     order = list(reports)
     if comparison is not None:

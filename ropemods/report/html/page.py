@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from ropemods.report.changes import Contrasts
+from ropemods.report.findings import Findings
 from ropemods.report.html.attention_figures import entropies, sinks, usages
 from ropemods.report.html.evidence import controls, interventions, notes, provenance
 from ropemods.report.html.figures import by_head, by_query
@@ -20,10 +21,6 @@ from ropemods.report.html.layout import Arm, dress
 from ropemods.report.html.markup import Markup, element, join, trusted
 from ropemods.report.html.style import DRAWINGS, PAGE, PALETTE, SCRIPT
 from ropemods.report.words import count
-
-if TYPE_CHECKING:
-    from ropemods.report.comparison import Comparison
-    from ropemods.report.report import Report
 
 _CONTENTS = {
     "headline": "Headline",
@@ -38,7 +35,7 @@ _CONTENTS = {
 }
 
 
-def render_page(reports: Mapping[str, Report], comparison: Comparison | None = None) -> str:
+def render_page(reports: Mapping[str, Findings], comparison: Contrasts | None = None) -> str:
     """The page of one report, or of a comparison's arms, as HTML text."""
     arms = dress(reports, comparison)
     sections = {
@@ -67,7 +64,7 @@ def render_page(reports: Mapping[str, Report], comparison: Comparison | None = N
     return join(trusted("<!doctype html>\n"), element("html", _head(title), body, lang="en"), "\n")
 
 
-def _title(arms: tuple[Arm, ...], comparison: Comparison | None) -> str:
+def _title(arms: tuple[Arm, ...], comparison: Contrasts | None) -> str:
     if comparison is None:
         return f"Leakage of {arms[0].report.model.name}"
     return f"Leakage: {comparison.headline.before} to {comparison.headline.after}"
