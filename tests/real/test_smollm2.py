@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import ropemods as rm
 from ropemods.leakage.documents import read_documents
+from ropemods.model import unchanged
+from ropemods.model.attention_layers import entrances
 from ropemods.settings.strict_yaml import read
 from ropemods.training import smollm2
 from ropemods.training.__main__ import main
@@ -22,6 +26,7 @@ from ropemods.training.arms import ArmResult, read_result
 from tests.real.conftest import CACHE
 from tests.recipes import launched
 from tests.recipes.test_pretrain import script
+from tests.recipes.test_resume import kill_at
 
 pytestmark = pytest.mark.slow
 
@@ -105,9 +110,8 @@ def test_a_bos_of_zero_trains(smollm: Path, prose: Path) -> None:
 
 
 def test_a_shipped_recipe_trains_as_it_is_written(smollm: Path, prose: Path, tmp_path: Path) -> None:
-    # A processor that has to imitate bfloat16 takes many seconds a step; two of them hold one at full strength.
-    steps, rise = (20, 8) if script("demo").half_is_quicker() else (2, 1)
-    changes = {"max_steps": steps, "schedule": {"steps": rise}, "warmup_steps": 1, "logging_steps": 1}
+    steps = 2  # of which one at full strength; a processor that has to imitate bfloat16 takes many seconds for each
+    changes = {"max_steps": steps, "schedule": {"steps": 1}, "warmup_steps": 1, "logging_steps": 1}
     recipe = small(smollm, prose, tmp_path / "out", "llama-3.2-1b/full.yaml", **changes)
     assert read(recipe)["bf16"] is True and read(recipe)["activation_checkpointing"] is True
     main(["--config", str(recipe)])
@@ -117,6 +121,38 @@ def test_a_shipped_recipe_trains_as_it_is_written(smollm: Path, prose: Path, tmp
     assert all(map(torch.isfinite, torch.tensor(losses))) and max(losses) < 8
     record = json.loads((tmp_path / "out" / "modified-0" / "model" / "config.json").read_text())["ropemods"]
     assert set(record["strength"].values()) == {1.0}
+
+
+def test_asking_whether_the_model_was_changed_costs_next_to_nothing(smollm: Path, prose: Path) -> None:
+    ids = rows(smollm, prose, 1, 256)
+    model = rm.apply(loaded(smollm), rm.TruncatedRoPE(0.75), rm.ReplacedBos(), rm.UnrotatedBos()).eval()
+
+    def quickest(call: Callable[[], object], times: int) -> float:
+        return min(timeit.repeat(call, number=1, repeat=times))
+
+    with torch.no_grad():
+        forward = quickest(lambda: model(ids), 4)
+    asked = quickest(lambda: unchanged.check(model), 200) * len(list(entrances(model)))
+    print(f"{1e6 * asked:.0f} µs of a forward pass of {1e3 * forward:.0f} ms: {asked / forward:.4%}")
+    assert asked < 0.01 * forward
+
+
+def test_three_modifications_in_half_precision_go_on_after_a_kill(smollm: Path, prose: Path, tmp_path: Path) -> None:
+    steps, saved, killed = (20, 5, 8) if script("demo").half_is_quicker() else (4, 2, 3)
+    mods = [*read(RECIPES / "llama-3.2-1b/full.yaml")["mods"], {"kind": "adaptive_temperature"}]
+    changes = {
+        "mods": mods, "max_steps": steps, "schedule": {"steps": saved}, "save_strategy": "steps", "save_steps": saved,
+        "save_total_limit": 1, "logging_steps": 1,
+    }  # fmt: skip
+    recipe = small(smollm, prose, tmp_path / "out", "llama-3.2-1b/full.yaml", **changes)
+    words = [launched.sys.executable, launched.FINETUNE[1], "--config", str(recipe)]
+    assert f"  step {killed}/{steps}" in kill_at(words, killed)
+    said = launched.run([*words, "--resume_from_checkpoint"])
+    assert f"  step {saved + 1}/{steps}" in said and f"  step {saved}/{steps}" not in said
+    found = result(tmp_path / "out")
+    assert found.steps == steps and found.reload_difference == 0
+    record = json.loads((tmp_path / "out" / "modified-0" / "model" / "config.json").read_text())["ropemods"]
+    assert record["strength"] == {"truncated_rope": 1.0, "learned_sink": 1.0, "adaptive_temperature": 1.0}
 
 
 def test_two_ranks_train_a_shipped_recipe_as_one_does(smollm: Path, prose: Path, tmp_path: Path) -> None:
