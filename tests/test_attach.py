@@ -81,6 +81,16 @@ def test_a_model_without_bos_is_refused_by_the_bos_modifications_only() -> None:
     rm.apply(model, rm.LearnedSink(read_bos=True), rm.AdaptiveTemperature())
 
 
+@pytest.mark.parametrize("token", ["<s>", -1, 10**6, True])
+def test_a_bos_that_is_no_token_of_the_model_is_told_as_that(token: object) -> None:
+    model = zoo.build()
+    model.config.__dict__["bos_token_id"] = token
+    with pytest.raises(
+        ValueError, match=r"bos_token_id in the config is .* none of the model's \d+ tokens; it is the id"
+    ):
+        rm.apply(model, rm.ReplacedBos())
+
+
 def test_applying_twice_is_an_error_and_removing_twice_too() -> None:
     model = rm.apply(zoo.build(), rm.TruncatedRoPE(0.5))
     with pytest.raises(ValueError, match=r"already modified; ropemods.remove"):

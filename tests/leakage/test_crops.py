@@ -187,6 +187,8 @@ def test_a_tokenizer_without_bos_is_refused_with_the_fix_and_a_given_one_is_used
     assert (make_crops(documents, tokenizer, PROTOCOL, bos_token_id=1).tokens_NT[:, 0] == 1).all()
     with pytest.raises(ValueError, match="not in the vocabulary of 6002"):
         make_crops(documents, tokenizer, PROTOCOL, bos_token_id=6002)
+    with pytest.raises(ValueError, match=r"a whole number, not '<s>'; for a token by its name"):
+        make_crops(documents, tokenizer, PROTOCOL, bos_token_id="<s>")  # type: ignore[arg-type]
 
 
 def test_crops_never_contain_bos_inside():
