@@ -40,8 +40,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from ropemods.leakage import deviations
-from ropemods.model import attention_function, layer_losses
+from ropemods.model import attention_function, deviations, layer_losses
 from ropemods.model.attention_layers import attention_layers, base_model, heads_of
 from ropemods.model.layer_losses import Pass
 

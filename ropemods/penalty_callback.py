@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ropemods.penalty import Penalized
 
 FILE = "ropemods_penalty.safetensors"
 """In a Trainer's checkpoint: the running mean. A saved model has no such file."""
 
 
+class RunningPenalty(Protocol):
+    """A penalty as the callback sees it: a state to keep, and figures to log."""
+
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: dict[str, Tensor]) -> None: ...
+    def said(self) -> dict[str, float]: ...
+
+
 class PenaltyCallback(TrainerCallback):
     """Logs the penalty and the leakage beside the loss, and keeps the running mean in a Trainer's checkpoints."""
 
-    def __init__(self, penalized: Penalized) -> None:
+    def __init__(self, penalized: RunningPenalty) -> None:
         self.penalized = penalized
 
     def on_train_begin(

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ropemods as rm
 from ropemods.attention.rows import Rows
-from ropemods.leakage import deviations
-from ropemods.model import attention_function
+from ropemods.model import attention_function, deviations
 from ropemods.model.attention_layers import attention_layers, prepare_sites
 from tests import zoo
 

@@ -25,9 +25,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ropemods.attention.rows import Rows
-from ropemods.leakage import deviations
-from ropemods.leakage.deviations import Plan, Read
+from ropemods.model import deviations
 from ropemods.model.attention_layers import entrances
+from ropemods.model.deviations import Plan, Read
 from ropemods.model.sequences import runs_of
 
 PASS = "ropemods_pass"
