@@ -163,14 +163,18 @@ def test_apply_measure_and_suggest_read_a_gguf_with_the_tokenizer_in_it(
     assert f"{FILE} were unpacked to float32, and are written as safetensors" in capsys.readouterr().out
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     expected = rm.apply(AutoModelForCausalLM.from_pretrained("plain"), rm.TruncatedRoPE(0.5))
+    written = rm.from_pretrained(tmp_path / "out")
+    assert written.ropemods_attached.mods == expected.ropemods_attached.mods
+    state = written.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
     ids = torch.arange(40)[None]
-    with torch.no_grad():
-        assert torch.equal(rm.from_pretrained(tmp_path / "out")(ids).logits, expected.eval()(ids).logits)
+    with torch.no_grad():  # the same numbers elsewhere in memory: some processors' kernels then round differently
+        torch.testing.assert_close(written(ids).logits, expected.eval()(ids).logits, rtol=1e-5, atol=1e-5)
     sizes = "--text text.jsonl --sequences 8"
     for model, output in ((f"model --gguf_file {FILE}", "from_gguf"), ("plain", "plain")):
         run(f"measure {model} {sizes} --length 32 --groups 8 --early 8 16 --grid_rows 8 --output {tmp_path}/{output}")
     found, known = (rm.Report.from_json(tmp_path / name) for name in ("from_gguf", "plain"))
-    assert found.held_out_loss == known.held_out_loss is not None
+    assert found.held_out_loss.value == pytest.approx(known.held_out_loss.value, rel=1e-5)
     capsys.readouterr()
     run(f"suggest model --gguf_file {FILE} {sizes} --crop 64 --length 64")
     assert "keep" in capsys.readouterr().out
