@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -22,6 +23,10 @@ from ropemods.model import adapters, config_record, folded_embedding, gguf, nati
 from ropemods.model.attention_layers import base_model, uncompiled
 from ropemods.model.partition import gathered
 from ropemods.mods.base import Stage
+
+# While transformers loads a model it puts a `tie_weights` that does nothing into PreTrainedModel, and takes it out
+# again; of two loads at once the later one takes out the wrong one, and no model of the process is tied from then on.
+_ONE_LOAD = threading.RLock()
 
 
 @overload
@@ -52,7 +57,24 @@ def from_pretrained(
 
     With `gguf_file`, `path` is where that GGUF file is (for an adapter, where its base's is). It holds a stock model,
     which comes back unpacked and without a quantisation entry in its config: ready for `apply`, training and saving.
+
+    Several threads may call this: one load waits for the other.
     """
+    with _ONE_LOAD:
+        return _from_pretrained(
+            path, base_model_name_or_path, is_trainable, config, output_loading_info, gguf_file, hf_kwargs
+        )
+
+
+def _from_pretrained(
+    path: str | os.PathLike[str],
+    base_model_name_or_path: str | os.PathLike[str] | None,
+    is_trainable: bool,
+    config: PreTrainedConfig | None,
+    output_loading_info: bool,
+    gguf_file: str | None,
+    hf_kwargs: dict[str, Any],
+) -> nn.Module | tuple[nn.Module, dict[str, Any]]:
     folder = Path(path, hf_kwargs.get("subfolder", ""))
     if adapters.is_adapter(folder):
         if output_loading_info:

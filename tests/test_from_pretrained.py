@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def test_the_loading_info_beside_the_model(saved: tuple[Path, PreTrainedModel]) 
     folder, model = saved
     back, info = rm.from_pretrained(folder / "inside", output_loading_info=True)
     assert same(back, model) and not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_loads_in_several_threads_leave_transformers_as_it_was(saved: tuple[Path, PreTrainedModel]) -> None:
+    """Without a lock the second or third round ends with a `tie_weights` that ties nothing, for every later load."""
+    folder, model = saved
+    tie_weights = PreTrainedModel.tie_weights
+    for _ in range(8):
+        with ThreadPoolExecutor(3) as pool:
+            loaded = list(pool.map(lambda _: rm.from_pretrained(folder / "inside"), range(3)))
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert all(same(each, model) for each in loaded)

@@ -77,6 +77,8 @@ def test_workers_share_the_cells(tmp_path: Path) -> None:
     """Two real processes: every cell runs once, and both come to the same result."""
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom evals.claim import Cells\n"
+        "here = Path(sys.argv[1]).parent\n(here / f'{os.getpid()}.ready').touch()\n"
+        "while len(list(here.glob('*.ready'))) < 2:\n    time.sleep(0.01)\n"  # one may take seconds longer to start
         "def job(n):\n    time.sleep(0.2)\n    return [n, os.getpid()]\n"
         "found = Cells(Path(sys.argv[1]))({str(n): lambda n=n: job(n) for n in range(6)})\n"
         "print(sorted(map(tuple, found.values())))\n"
