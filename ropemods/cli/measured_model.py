@@ -158,5 +158,14 @@ def check_writable(*paths: str | None, read: Iterable[str] = ()) -> None:
         where = os.path.realpath(files.check_writable(path))
         if where in taken:
             raise ValueError(f"{path} would be written over {taken[where]}; name another file")
+        if os.path.isfile(where) and not _ours(where):
+            raise ValueError(f"{path} is there, and nothing that ropemods wrote; name another file, or remove it first")
         if os.path.isfile(where) or not os.path.exists(where):
             taken[where] = path
+
+
+def _ours(file: str) -> bool:
+    """Whether a file begins as what these commands write, or is empty: what a second run may write over."""
+    with open(file, "rb") as opened:
+        start = opened.read(64).strip().lower()
+    return not start or start.startswith(b"<!doctype html>") or (start.startswith(b"{") and b'"schema"' in start)

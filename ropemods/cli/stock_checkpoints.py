@@ -58,7 +58,11 @@ def load_config(
     """The stock config, and the record of the modifications if there is one."""
     try:
         return config_record.load_config(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if Path(name, "config.json").is_file() and ("valid JSON" in str(error) or "Unrecognized model" in str(error)):
+            raise ValueError(
+                f"{name}: its config.json is damaged or no model's ({error}); fetch or save it again"
+            ) from error
         if Path(name).is_dir() or "connect" not in str(error):
             raise
         raise OSError(

@@ -324,7 +324,9 @@ def _bos(tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None) -> int:
             "for many models the id of <|endoftext|>"
         )
     if not 0 <= bos < len(tokenizer):
-        raise ValueError(f"bos_token_id={bos} is not in the vocabulary of {len(tokenizer)} tokens")
+        raise ValueError(
+            f"bos_token_id={bos} is not in the vocabulary of {len(tokenizer)} tokens; give the id of a token in it"
+        )
     return bos
 
 

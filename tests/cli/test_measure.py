@@ -129,12 +129,21 @@ def test_suggest_prints_bands_and_proposals(texts: Path, capsys: pytest.CaptureF
     assert json.loads(Path("s.json").read_text())["length"] == 16
 
 
+@pytest.mark.parametrize("config", ["{", "{}"])
+def test_a_config_that_is_no_models_is_told(texts: Path, capsys: pytest.CaptureFixture[str], config: str) -> None:
+    Path("model/config.json").write_text(config)
+    assert "damaged or no model's" in refused("measure model --text books.jsonl", capsys)
+
+
 def test_mistakes_are_answered_before_anything_is_measured(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the folder no does not exist" in refused("measure model --text books.jsonl --output no/report.json", capsys)
     assert "it is a folder" in refused("measure model --text books.jsonl --output model", capsys)
     assert "written over books.jsonl" in refused("measure model --text books.jsonl --output ./books.jsonl", capsys)
     assert "written over books.jsonl" in refused("suggest model --text books.jsonl --output books.jsonl", capsys)
     assert "written over r" in refused("measure model --text books.jsonl --output r --html ./r", capsys)
+    assert "nothing that ropemods wrote" in refused(
+        "measure model --text books.jsonl --output model/config.json", capsys
+    )
     assert "sequences=97" in refused("measure model --text books.jsonl --sequences 97", capsys)
     assert "use 96 or 128" in refused("measure model --text books.jsonl --sequences 100 --groups 32", capsys)
     assert "no intervention 'zeros'" in refused("measure model --text books.jsonl --interventions zeros", capsys)
