@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ropemods.cli.command import Command
+from ropemods.cli.mod_words import registering
 from ropemods.settings.options import REQUIRED, option
 
 
@@ -20,6 +21,7 @@ class Options:
     output: str = option(REQUIRED, "folder to write; made if it is not there", positional=True)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "dtype to load and save in")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    register: tuple[Any, ...] = registering()
     overwrite: bool = option(False, "replace the checkpoint in OUTPUT")
 
 

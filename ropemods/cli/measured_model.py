@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ropemods.cli.mod_words import registering
 from ropemods.settings import files
 from ropemods.settings.options import REQUIRED, option
 
@@ -52,6 +53,7 @@ class Subject:
         None, "spread the model over devices, as transformers does (auto)", metavar="NAME", unset="one device"
     )
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    register: tuple[Any, ...] = registering()
 
 
 @contextlib.contextmanager

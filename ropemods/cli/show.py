@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropemods.cli.command import Command
+from ropemods.cli.mod_words import registering
 from ropemods.settings.options import REQUIRED, option
 
 
@@ -22,6 +23,7 @@ class Options:
     path: str = option(REQUIRED, "folder of a checkpoint or adapter, or a name on the hub", positional=True)
     json: bool = option(False, "print JSON instead of text, with the wavelength of every band")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    register: tuple[Any, ...] = registering()
 
 
 def run(options: Options) -> None:

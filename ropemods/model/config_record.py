@@ -197,12 +197,13 @@ def stock_of(given: PreTrainedConfig, found: Record, path: str | os.PathLike[str
         raise TypeError(
             f"config= takes a config, found {type(given).__name__}; load it with AutoConfig.from_pretrained"
         )
-    own = getattr(given, "ropemods", None) or {}
-    wanted = {"mods": [mod.to_json() for mod in found.mods], "strength": found.strength}
-    if {key: own.get(key) for key in wanted} != wanted:
+    entry = getattr(given, "ropemods", None)
+    own = None if entry is None else parse(entry, "the config that was given")
+    if own is None or (own.mods, own.strength) != (found.mods, found.strength):
         raise ValueError(
-            f"the config that was given records {own.get('mods') or 'no modifications'}, and {path} was saved with "
-            f"{wanted['mods']} at strength {found.strength}; start from the checkpoint's own config, "
+            f"the config that was given records {entry['mods'] if entry else 'no modifications'}, and {path} was saved "
+            f"with {[mod.to_json() for mod in found.mods]} at strength {found.strength}; start from the checkpoint's "
+            "own config, "
             f"AutoConfig.from_pretrained({str(path)!r}), and change other values in it"
         )
     config = copy.deepcopy(given)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ropemods.mods import outside
 from ropemods.mods.adaptive_temperature import AdaptiveTemperature
 from ropemods.mods.base import Mod
 from ropemods.mods.learned_sink import LearnedSink
@@ -22,8 +23,28 @@ AnyMod = TypeVar("AnyMod", bound=type[Mod])
 
 
 def kinds() -> dict[str, type[Mod]]:
-    """Every modification that a record may name, by its kind."""
+    """Every modification that is known by its kind: ours, and what has been registered."""
     return {mod.kind: mod for mod in MODS} | _registered
+
+
+def of_kind(kind: object) -> type[Mod] | None:
+    """The modification of that kind, known or offered by an installed package; None where there is none."""
+    if not isinstance(kind, str):
+        return None
+    if kind not in kinds() and (point := outside.installed().get(kind)) is not None:
+        where = f"the entry point {kind} = {point.value} in {outside.GROUP}"
+        mod = registered_at(point.value, where)
+        if mod.kind != kind:
+            raise ValueError(f"{where} names a modification of the kind {mod.kind!r}; the two must be the same")
+    return kinds().get(kind)
+
+
+def registered_at(place: str, source: str | None = None) -> type[Mod]:
+    """The class at `module:Class`, imported and registered. `source` is who says so, for an error."""
+    try:
+        return register(outside.at(place))
+    except TypeError as error:
+        raise ValueError(f"{source or place}: {error}") from None
 
 
 def register(mod: AnyMod) -> AnyMod:
@@ -63,13 +84,10 @@ def mod_from_json(record: dict[str, Any]) -> Mod:
     if not isinstance(record, dict):
         raise ValueError(f"a modification is recorded as its kind and options, {{'kind': …}}, not {record!r}")
     options = dict(record)
-    kind, known_kinds = options.pop("kind", None), kinds()
-    if not isinstance(kind, str) or kind not in known_kinds:
-        raise ValueError(
-            f"unknown modification {kind!r}; known are {', '.join(known_kinds)}. One of your own is known once its "
-            "class is: import it and ropemods.register(it) before loading"
-        )
-    mod = known_kinds[kind]
+    kind, place = options.pop("kind", None), options.pop("class", None)
+    mod = of_kind(kind)
+    if mod is None:
+        raise ValueError(f"unknown modification {kind!r}; known are {', '.join(kinds())}. {_how_to_know(place)}")
     known = [field.name for field in dataclasses.fields(mod)]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -77,9 +95,21 @@ def mod_from_json(record: dict[str, Any]) -> Mod:
     return mod(**options)
 
 
+def _how_to_know(place: object) -> str:
+    """What makes a modification known that a record names, where the record says the place of its class."""
+    if not isinstance(place, str) or not outside.PLACE.fullmatch(place) or place.startswith("__main__:"):
+        was = f"This one was {place}. " if isinstance(place, str) else ""
+        return f"{was}One of your own is known once its class is: import it and ropemods.register(it) before loading"
+    module, _, name = place.partition(":")
+    return (
+        f"It was saved by a program that had it from {place}: before loading, `from {module} import {name}` and "
+        f"ropemods.register({name}); on the command line --register {place}"
+    )
+
+
 def recordable(mod: Mod) -> str | None:
     """Why a checkpoint of a model with this modification could not be read again; None when it could."""
-    if kinds().get(mod.kind) is not type(mod):
+    if of_kind(mod.kind) is not type(mod):
         return (
             f"{type(mod).__name__} is not registered, so a checkpoint that records it could not be loaded again; put "
             "@ropemods.register on the class, or call ropemods.register on it"

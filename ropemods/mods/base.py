@@ -197,9 +197,14 @@ class Mod:
         return type(self).frequencies is not Mod.frequencies
 
     def to_json(self) -> dict[str, Any]:
-        """The kind and every option, defaults too: a checkpoint must not change when a default does."""
+        """The kind and every option, defaults too: a checkpoint must not change when a default does.
+
+        Of a class from outside the package also its place, so that who cannot read the record is told what to import.
+        """
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        own = type(self)
+        place = {} if own.__module__.startswith("ropemods.") else {"class": f"{own.__module__}:{own.__qualname__}"}
+        return {"kind": self.kind} | place | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
     def __str__(self) -> str:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

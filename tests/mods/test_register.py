@@ -69,7 +69,7 @@ def test_a_process_that_does_not_know_it_is_told_to_register_it(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1
     assert "unknown modification 'shifted'; known are truncated_rope" in done.stderr
-    assert "import it and ropemods.register(it) before loading" in done.stderr
+    assert "`from tests.mods.own import Shifted` and ropemods.register(Shifted)" in done.stderr
 
 
 def test_one_that_is_not_registered_is_refused_before_anything_is_lost() -> None:
