@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ropemods.settings.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from ropemods.attach import apply, remove, set_strength, summary

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ropemods.cli.command import Command
-from ropemods.cli.mod_words import known_mods, mod_from, mod_record
+from ropemods.mod_words import known_mods, mod_from, mod_record
 from ropemods.settings.options import REQUIRED, option
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ropemods.cli.mod_words import registering
+from ropemods.mod_words import registering
 from ropemods.settings import files
 from ropemods.settings.options import REQUIRED, option
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropemods.cli.command import Command
-from ropemods.cli.mod_words import registering
+from ropemods.mod_words import registering
 from ropemods.settings.options import REQUIRED, option
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +35,7 @@ from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import Listened, listening
 from ropemods.report.records import ModelFacts, TextFacts
 from ropemods.report.report import Report
+from ropemods.settings.versions import versions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +94,7 @@ def measure(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=_command() if command is None else command,
         seed=protocol.seed,
-        versions=versions(),
+        versions=versions_of("torch", "transformers"),
         protocol=protocol.to_dict(),
         protocol_hash=protocol.hash(),
         model=_model_facts(inner, listened, dtype),
@@ -145,13 +144,6 @@ def wavelengths(listened: Listened) -> list[list[float]]:
         live = [] if table is None or listened.layout is None else table.live().double().tolist()
         rows.append([2 * torch.pi / f if f else float("inf") for f in live])
     return rows
-
-
-def versions() -> dict[str, str]:
-    import ropemods
-
-    found = {name: version(name) for name in ("torch", "transformers")}
-    return {"ropemods": ropemods.__version__, **found, "python": platform.python_version()}
 
 
 @contextlib.contextmanager

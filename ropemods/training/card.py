@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
-import ropemods
 from ropemods.report.words import count
 from ropemods.settings.files import write_text
+from ropemods.settings.versions import versions_of
 from ropemods.training.arm import ARMS
 from ropemods.training.arms import ArmResult
 from ropemods.training.models import reload_lines
@@ -20,12 +17,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "dataset
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on; what is not installed had no part in it."""
-    return {
-        "ropemods": ropemods.__version__,
-        **{package: version(package) for package in PACKAGES if importlib.util.find_spec(package) is not None},
-        "python": platform.python_version(),
-    }
+    """Of everything that a result depends on."""
+    return versions_of(*PACKAGES)
 
 
 def write_card(session: Session, result: ArmResult, table: str) -> Path:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from ropemods.cli.mod_words import mod_from, mod_record
 from ropemods.leakage.protocol import Protocol
+from ropemods.mod_words import mod_from, mod_record
 from ropemods.penalty import Penalty
 from ropemods.settings.extras import need
 from ropemods.settings.options import (
