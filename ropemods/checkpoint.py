@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import attach, finish, put_on, refresh
 from ropemods.model import adapters, config_record, folded_embedding, gguf, native_rope, unchanged
-from ropemods.model.attention_layers import base_model, uncompiled
 from ropemods.model.partition import gathered
+from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods.base import Stage
 
 # While transformers loads a model it puts a `tie_weights` that does nothing into PreTrainedModel, and takes it out

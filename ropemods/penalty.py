@@ -41,8 +41,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from ropemods.model import attention_function, deviations, layer_losses
-from ropemods.model.attention_layers import attention_layers, base_model, heads_of
+from ropemods.model.attention_layers import attention_layers, heads_of
 from ropemods.model.layer_losses import Pass
+from ropemods.model.wrappers import base_model
 
 EMPTY_PASSES = 16
 """So many batches in a row without a sequence that is long enough are a mistake."""

@@ -24,10 +24,11 @@ import math
 from typing import Any, Literal, get_args
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ropemods.attach import set_strength
 from ropemods.checkpoint import recorded_strength
+from ropemods.model.wrappers import unwrapped
 
 Shape = Literal["cosine", "linear", "hard"]
 
@@ -116,10 +117,3 @@ class StrengthSchedule(TrainerCallback):
         kind = "" if self.kind is None else f", kind={self.kind!r}"
         delay = f", delay={self.delay}" if self.delay else ""
         return f"StrengthSchedule(steps={self.steps}, shape={self.shape!r}{kind}{delay})"
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what DDP, DeepSpeed or FSDP 1 wrap around it; PEFT's wrapper stays."""
-    while not isinstance(model, PreTrainedModel) and isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model

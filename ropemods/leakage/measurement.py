@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ropemods.leakage import curves
 from ropemods.leakage.capture import capture, forward, losses
@@ -31,8 +30,8 @@ from ropemods.leakage.estimate import estimate
 from ropemods.leakage.interventions import REFERENCE, check_names, intervene
 from ropemods.leakage.protocol import Protocol
 from ropemods.model import casts, config_record, rope_tables
-from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import Listened, listening
+from ropemods.model.wrappers import base_model, unwrapped
 from ropemods.report.records import ModelFacts, TextFacts
 from ropemods.report.report import Report
 from ropemods.settings.versions import versions_of
@@ -66,7 +65,7 @@ def measure(
     """
     protocol = _protocol(protocol)
     check_names(interventions)
-    called = unwrapped(model)
+    called = unwrapped(model, to_call=True)
     inner = base_model(called)
     source = read_documents(documents, seed=protocol.seed)
     crops = make_crops(source, tokenizer, protocol, bos_token_id=bos_token_id)
@@ -124,17 +123,6 @@ def _protocol(given: Any) -> Protocol:
     if not isinstance(given, Protocol):
         raise TypeError(f"protocol is a Protocol or a mapping of its fields, found {given!r}")
     return given
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what trainers put around it (DDP, a DeepSpeed engine, torch.compile); PEFT models stay."""
-    while True:
-        if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-            model = model.module  # type: ignore[assignment]
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def wavelengths(listened: Listened) -> list[list[float]]:

@@ -151,7 +151,7 @@ def suggest(
     for name, limit in (("max_phase", max_phase), ("max_usage", max_usage)):
         if not limit >= 0:
             raise ValueError(f"{name}={limit}: at least 0, which drops nothing")
-    called = unwrapped(model)
+    called = unwrapped(model, to_call=True)
     inner = base_model(called)
     protocol = Protocol.from_dict(
         {

@@ -21,8 +21,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ropemods.model.attention_layers import Stages, base_model
+from ropemods.model.attention_layers import Stages
 from ropemods.model.config_record import parse
+from ropemods.model.wrappers import base_model
 from ropemods.mods import Mod
 from ropemods.settings.extras import need
 from ropemods.settings.files import write_text

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ropemods.model.bos import Bos
 from ropemods.model.rope_tables import Table, tables_by_layer
+from ropemods.model.wrappers import base_model, uncompiled  # noqa: F401
 from ropemods.mods.base import Call, Layout, Stage
 
 
@@ -100,23 +101,6 @@ def _calls_interface(module: nn.Module) -> bool:
 
 OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
 """Arguments of layers that attend to something else than the sequence itself, where there is no BOS and no RoPE."""
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper or what torch.compile gives, or the model itself."""
-    inner = uncompiled(model)
-    inner = uncompiled(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
-    if not isinstance(inner, PreTrainedModel):
-        name, wrapped = type(model).__name__, getattr(model, "module", None)
-        if isinstance(wrapped, nn.Module):
-            raise TypeError(f"this is a {name} around a {type(wrapped).__name__}; pass what it wraps: model.module")
-        raise TypeError(f"expected a transformers model or a PEFT model around one, got {name}")
-    return inner
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that torch.compile was given: the same weights, and what is set on it holds for both."""
-    return getattr(model, "_orig_mod", model)
 
 
 def entrances(model: PreTrainedModel) -> tuple[PreTrainedModel, ...]:

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.model import attention_function, short_pass, unchanged
-from ropemods.model.attention_layers import AttentionSite, attention_layers, base_model, prepare_sites, site_of
+from ropemods.model.attention_layers import AttentionSite, attention_layers, prepare_sites, site_of
 from ropemods.model.rope_tables import Table
+from ropemods.model.wrappers import base_model
 from ropemods.mods.base import Layout
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import Listened
 from ropemods.model.partition import gathered
 from ropemods.model.rope_tables import tables
+from ropemods.model.wrappers import base_model
 
 
 @torch.no_grad()
