@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import torch
 
 from evals.locks import held
-from ropemods.leakage.measurement import versions
 from ropemods.settings.files import write_text
+from ropemods.settings.versions import versions_of
 
 PROGRAMS = (
     "untrained",
@@ -165,7 +165,7 @@ def write(
         "seeds": values["seeds"],
         "protocol": values,
         "protocol_hash": hash_of(values),
-        "versions": versions(),
+        "versions": versions_of("torch", "transformers"),
         "machine": machine or f"{platform.machine()} {'GPU' if torch.cuda.is_available() else 'CPU'}",
         "command": f"python -m evals run {name} --scale {scale} --data DATA",
         "seconds": round(seconds),

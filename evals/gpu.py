@@ -38,8 +38,8 @@ from ropemods.attention import paths
 from ropemods.bench.bench_tables import between
 from ropemods.bench.cases import SUBJECTS, Shape
 from ropemods.bench.grid import Plan, machine, survey
-from ropemods.leakage.measurement import versions
 from ropemods.settings.files import write_text
+from ropemods.settings.versions import versions_of
 
 PAGE = Path(__file__).parent / "bench.md"
 ABOUT = "machine.json"
@@ -62,7 +62,11 @@ class Run:
         self.toy = self.device == "cpu"
         self.cells = Cells(folder, say=lambda line: print(line, flush=True))
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"machine": machine(self.device), "rehearsal": self.toy, "versions": versions()}
+        about = {
+            "machine": machine(self.device),
+            "rehearsal": self.toy,
+            "versions": versions_of("torch", "transformers"),
+        }
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
     def all_of(self, jobs: Iterator[Job] | list[Job]) -> None:

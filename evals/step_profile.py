@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropemods as rm
 from ropemods.bench.grid import machine
-from ropemods.leakage.measurement import versions
 from ropemods.mods import Mod
 from ropemods.report.words import markdown_table
 from ropemods.settings.files import write_text
+from ropemods.settings.versions import versions_of
 
 FOLDER = Path(__file__).parent
 LENGTH, STEPS, VOCABULARY, BOS = 1024, 3, 512, 1
@@ -99,7 +99,7 @@ def measured() -> dict[str, Any]:
     return {
         "command": "OMP_NUM_THREADS=1 python -m evals.step_profile",
         "machine": machine("cpu"),
-        "versions": versions(),
+        "versions": versions_of("torch", "transformers"),
         "length": LENGTH,
         "steps": STEPS,
         "rows": rows,
