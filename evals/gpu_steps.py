@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropemods as rm
+from ropemods import clock
 from ropemods.attention import paths
-from ropemods.bench import clock
 from ropemods.mods import Mod
 
 

@@ -22,6 +22,7 @@ import ropemods as rm
 from ropemods.leakage.capture import forward, losses
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents
+from ropemods.report import tries
 from ropemods.report.records import Estimate, Term
 from ropemods.report.report import Report
 
@@ -37,23 +38,13 @@ def measured(model: nn.Module, tokenizer: Any, documents: Documents, protocol: r
 
 
 def numbers(report: Report) -> dict[str, Any]:
-    assert report.sink is not None and report.held_out_loss is not None
-    found = {name: upper_layers(term) for name, term in report.terms.items()}
-    for name, estimate in (
-        ("bos_mass", report.sink.bos_mass_all),
-        ("position1_mass", report.sink.position1_mass_all),
-        ("loss", report.held_out_loss),
-    ):
-        assert estimate is not None
-        found[name] = kept(estimate.value, estimate.replicates)
-    return found
+    return {name: kept(estimate.value, estimate.replicates) for name, estimate in tries.values(report).items()}
 
 
 def upper_layers(term: Term) -> dict[str, Any]:
     """A term's early leakage, mean of layers 1 and up."""
-    layers = [layer.early for layer in term.layers[1:]]
-    replicates = np.mean([layer.replicates for layer in layers], axis=0)
-    return kept(float(np.mean([layer.value for layer in layers])), replicates)
+    estimate = tries.upper_layers(term)
+    return kept(estimate.value, estimate.replicates)
 
 
 def kept(value: float, replicates: Sequence[float] | Floats) -> dict[str, Any]:

@@ -13,6 +13,7 @@ early queries, mean of layers 1 and up. Nothing is trained, and nothing is chose
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ropemods as rm
 from evals.claim import Learned, Unavailable
 from evals.measured import measured, ratio
-from ropemods.leakage.crops import make_crops
+from ropemods.leakage import tries
 from ropemods.leakage.documents import read_documents
 from ropemods.mods import Mod
 from ropemods.report.words import markdown_table
@@ -61,14 +62,13 @@ def run(scale: str, data: Path, cells: Callable[..., dict[str, Any]]) -> dict[st
         raise Unavailable(str(error)) from error
     tokenizer, documents = AutoTokenizer.from_pretrained(folder), read_documents(data / "text" / "books.valid.jsonl.xz")
     protocol = rm.Protocol(sequences=p["crops"], length=p["length"], mask_term=False)
-    apart = rm.Protocol(sequences=p["calibration_crops"], length=p["length"], seed=1)
-    batch_BT = make_crops(documents, tokenizer, apart).tokens_NT
+    batch_BT = tries.calibration(documents, tokenizer, protocol)
+    assert len(batch_BT) == p["calibration_crops"]
 
     def at(mod: Mod | None) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        if mod is not None:
-            rm.apply(model, mod, calibration=batch_BT if mod.calibrates else None)
-        return measured(model, tokenizer, documents, protocol)
+        with nullcontext() if mod is None else tries.put_on(model, mod, batch_BT):
+            return measured(model, tokenizer, documents, protocol)
 
     found = cells({"stock": lambda: at(None)} | {str(mod): lambda mod=mod: at(mod) for mod in MODS})
     stock = found.pop("stock")

@@ -27,9 +27,11 @@ from ropemods.report.html.colour import BLUE_ORANGE, Shade, shared_limit
 from ropemods.report.html.heat import heat_map
 from ropemods.report.html.markup import Markup, element, join, minus
 from ropemods.report.html.style import PALETTE
+from ropemods.report.html.tries_page import render_tries
 from ropemods.report.records import Estimate, Intervention, Usage
 from ropemods.report.report import Report
 from tests.leakage.fake_reports import fake_report, four_arms
+from tests.leakage.fake_tries import fake_tries
 
 EVIL = "<script>alert(1)</script>\"'&"
 VOID = {"meta", "link", "br"}
@@ -114,6 +116,7 @@ def _pages() -> dict[str, str]:
         "no bands": render_page({"no bands": no_bands}),
         "bare": render_page({"bare": bare}),
         "empty": render_page({"empty": empty}),
+        "tries": render_tries(fake_tries(TruncatedRoPE=(0.1, -20, -3), Hot=(20, 4000, 300), **{EVIL: (0, 1, 1)})),
         "wide": render_page({"wide": fake_report(layers=32, heads=40)}),
     }
 
@@ -131,7 +134,7 @@ def test_tags_close_in_order_and_links_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_drawing_is_well_formed_and_described(name: str) -> None:
     drawings = SVG.findall(PAGES[name])
-    assert len(drawings) >= (0 if name == "empty" else 8)
+    assert len(drawings) >= {"empty": 0, "tries": 4}.get(name, 8)
     for text in drawings:
         root = ET.fromstring(text)
         decorative = root.get("aria-hidden") == "true"

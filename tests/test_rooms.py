@@ -24,10 +24,11 @@ MAY = {
     "checkpoint": ("attach", "model", "mods"),
     "schedule": ("checkpoint", "attach", "model"),
     "penalty_callback": (),
+    "clock": (),
     "penalty": ("penalty_callback", "model"),
-    "leakage": ("attach", "report", "model", "mods", "attention", "settings"),
+    "leakage": ("clock", "attach", "report", "model", "mods", "attention", "settings"),
     "mod_words": ("mods", "settings"),
-    "bench": ("report", "mods", "attention"),
+    "bench": ("clock", "report", "mods", "attention"),
     "training": (
         "penalty", "leakage", "report", "schedule", "checkpoint", "attach", "mod_words", "model", "mods", "settings",
     ),

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ropemods import clock
 from ropemods.attention import eager, paths, sdpa
 from ropemods.attention.rows import Rows
-from ropemods.bench import clock
 from ropemods.mods import AdaptiveTemperature, LearnedSink, Mod, UnrotatedBos
 from ropemods.mods.base import Call, Layout, Site
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import ropemods
+from ropemods import clock
 from ropemods.attention import paths
-from ropemods.bench import clock
 from ropemods.bench.cases import KINDS, PATHS, SUBJECTS, Problem, Shape, Subject
 
 

@@ -24,6 +24,7 @@ from ropemods.settings.options import (
     fields,
     from_text,
     from_yaml,
+    spelt,
 )
 
 
@@ -62,7 +63,7 @@ def parse(command: Command, name: str, words: list[str]) -> Any:
     config = values.pop("config", None)
     if unknown:
         _refuse(unknown, command)
-    hints = typing.get_type_hints(command.options)
+    hints = {spelt(key): hint for key, hint in typing.get_type_hints(command.options).items()}
     typed = {key: _typed(value, hints[key]) for key, value in values.items()}
     flags = checked(command.options, typed, source=None)
     try:
@@ -86,12 +87,13 @@ def _parser(command: Command) -> _Parser:
     # Before Python 3.14 argparse takes -1e-3 for a flag.
     parser._negative_number_matcher = re.compile(r"^-(\d|\.\d)")
     hints = typing.get_type_hints(command.options)
-    for name, field in fields(command.options).items():
-        many = takes_many(hints[name])
+    for field_name, field in fields(command.options).items():
+        name, hint = spelt(field_name), hints[field_name]
+        many = takes_many(hint)
         if declared(field).positional:
             # Not required here: the YAML file may give it.
             parser.add_argument(name, nargs="*" if many else "?")
-        elif hints[name] is bool:
+        elif hint is bool:
             parser.add_argument(f"--{name}", dest=name, action="store_const", const=True)
             parser.add_argument(f"--no_{name}", dest=name, action="store_const", const=False)
         else:
@@ -123,7 +125,7 @@ def _refuse(unknown: list[str], command: Command) -> NoReturn:
             f"{word!r} is one argument too many; put a text with spaces in quotes, and no value behind a flag that is "
             "on or off"
         )
-    known = [name for name, field in fields(command.options).items() if not declared(field).positional]
+    known = [spelt(name) for name, field in fields(command.options).items() if not declared(field).positional]
     flags = [f"--{name}" for name in (*known, "config", "debug", "help")]
     raise ValueError(f"there is no option {word.partition('=')[0]}{did_you_mean(word.partition('=')[0], flags)}")
 
@@ -133,7 +135,11 @@ def _missing(names: list[str], command: Command, name: str, given: dict[str, Any
     missing = [each.upper() if declared(known[each]).positional else f"--{each}" for each in names]
     verb = "is" if len(missing) == 1 else "are"
     message = f"{', '.join(missing)} {verb} missing; `ropemods {name} --help` shows an example"
-    greedy = [f"--{each}" for each in given if takes_many(hints[each]) and not declared(known[each]).positional]
+    greedy = [
+        f"--{each}"
+        for each in given
+        if each in hints and takes_many(hints[each]) and not declared(known[each]).positional
+    ]
     if greedy and missing[0].isupper():
         message += f" ({greedy[0]} takes every word up to the next flag, so put {missing[0]} before it)"
     return message

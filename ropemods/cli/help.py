@@ -9,7 +9,7 @@ import typing
 from typing import Any, Literal
 
 from ropemods.cli.command import Command, takes_many
-from ropemods.settings.options import REQUIRED, declared, fields
+from ropemods.settings.options import REQUIRED, declared, fields, spelt
 
 COMMON = {
     "--config FILE": "read options from this YAML file: flat keys named as the flags are; a flag given here wins",
@@ -52,7 +52,7 @@ def _flag(name: str, known: dict[str, dataclasses.Field], hints: dict[str, Any])
     parts = (hint, *typing.get_args(hint))
     choices = [part for part in parts if typing.get_origin(part) is Literal]
     if hint is bool:
-        return f"--{name}"
+        return f"--{spelt(name)}"
     if choices:
         value = "|".join(map(str, typing.get_args(choices[0])))
     else:

@@ -15,6 +15,12 @@ One short pass gives the usage of every rotary band, its share of the queries' a
 No cut is proposed where the slowest band is already too fast. Both limits are a judgement; the table of bands is there
 to make another.
 
+**tries**, with `trying=True`: what each of a menu of modifications does to this model, untrained, in loss, leakage and
+time, and what follows from it (`leakage/tries.py`, `report/tries.py`). It takes minutes, and ends in a recipe:
+
+    suggestion = ropemods.suggest(model, tokenizer, "books.jsonl", trying=True)
+    suggestion.to_recipe("suggested.yaml", model="path/of/the/model", data="books.jsonl")
+
 **sink** for `LearnedSink`: per head, the logit at which a sink takes the mass that BOS had. It is what
 `apply(..., calibration=…)` would choose.
 
@@ -25,7 +31,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +46,16 @@ from ropemods.leakage.documents import read_documents
 from ropemods.leakage.measurement import check_fit, unwrapped, wavelengths
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.reading import bos_mass
+from ropemods.leakage.tries import PROTOCOL, tried
 from ropemods.model import casts
 from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import listening
 from ropemods.mods.learned_sink import sink_with_mass
 from ropemods.mods.truncated_rope import TruncatedRoPE
+from ropemods.report.html.tries_page import render_tries
 from ropemods.report.records import Usage
+from ropemods.report.tried_recipe import recipe
+from ropemods.report.tries import Tries
 from ropemods.report.words import markdown_table, number, percent
 from ropemods.settings.files import write_text
 from ropemods.settings.json_records import dumps, encode
@@ -98,10 +108,27 @@ class Suggestion:
     """Initial logit per layer and head for `LearnedSink`."""
     sink_reason: str
     notes: tuple[str, ...] = ()
+    tries: Tries | None = None
+    """What a menu of modifications does untrained; None where nothing was tried."""
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write it to `path`, whole or not at all."""
         return write_text(path, dumps({"schema": SCHEMA, "kind": "suggestion", **encode(self)}))
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write a page of what was tried."""
+        return write_text(path, render_tries(self._tried("the page shows")))
+
+    def to_recipe(self, path: str | os.PathLike[str], *, model: str, data: str, **keys: Any) -> Path:
+        """Write the recipe that follows from what was tried, for `ropemods train`; `keys` are more of a recipe's, and
+        win over ours."""
+        given = {"model_name_or_path": model, "data": data, **keys}
+        return write_text(path, recipe(self._tried("the recipe follows from"), given))
+
+    def _tried(self, what: str) -> Tries:
+        if self.tries is None:
+            raise ValueError(f"{what} what was tried, and nothing was; suggest(..., trying=True)")
+        return self.tries
 
     def to_markdown(self) -> str:
         """The proposals, then the bands they come from."""
@@ -116,6 +143,8 @@ class Suggestion:
         parts.append(
             "## Sink logit at the start\n\n" + markdown_table(("layer", "lowest head", "mean", "highest"), logits)
         )
+        if self.tries is not None:
+            parts.append(self.tries.to_markdown())
         if self.notes:
             parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in self.notes))
         return "\n\n".join(parts) + "\n"
@@ -139,12 +168,14 @@ def suggest(
     max_usage: float = MAX_USAGE,
     bos_token_id: int | None = None,
     seed: int = 0,
+    trying: bool | Protocol = False,
     progress: bool = True,
 ) -> Suggestion:
     """Propose `keep` and a sink's initial logits for training and use at `length` tokens.
 
     Usage is read on `sequences` crops of `crop` tokens: it hardly depends on the length, which only decides how far
-    each band turns.
+    each band turns. `trying` also puts a menu of modifications on the model, one after another, and measures what each
+    does untrained; a protocol says on what.
     """
     if length < 2:
         raise ValueError(f"length={length}: at least 2 tokens, best the length that the model will be used at")
@@ -163,7 +194,8 @@ def suggest(
             "mask_term": False,
         }
     )
-    crops = make_crops(read_documents(documents, seed=seed), tokenizer, protocol, bos_token_id=bos_token_id)
+    source = read_documents(documents, seed=seed)
+    crops = make_crops(source, tokenizer, protocol, bos_token_id=bos_token_id)
     check_fit(inner, crops)
     collected: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
@@ -194,6 +226,10 @@ def suggest(
         sink.append(tuple(sink_with_mass(log_rest_BHT, mass_BHT, later_BHT.expand(mass_BHT.shape[0], 1, -1)).tolist()))
         masses.append(float(mass_BHT[..., 1:].mean()))
     mass = sum(masses) / len(masses)
+    tries = None
+    if trying:
+        chosen = trying if isinstance(trying, Protocol) else replace(PROTOCOL, seed=seed)
+        tries = tried(model, tokenizer, source, chosen, bos_token_id=bos_token_id, progress=progress)
     return Suggestion(
         length=length,
         ladders=ladders,
@@ -203,6 +239,7 @@ def suggest(
         sink=tuple(sink),
         sink_reason=_sink_reason(mass),
         notes=(*crops.notes, *listened.notes, *notes),
+        tries=tries,
     )
 
 

@@ -56,6 +56,10 @@ class AdaptiveTemperature(Mod):
                 "0.5 to 12 nats, so nothing would ever be sharpened; the highest power comes first"
             )
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return cls(), cls(spare_bos=True)
+
     def peak(self) -> float | None:
         """Where P is largest between 0.5 and 12 nats; None when it nowhere exceeds 1 there."""
         entropy = torch.linspace(0.5, 12.0, 11501, dtype=torch.float64)

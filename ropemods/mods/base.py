@@ -151,6 +151,12 @@ class Mod:
         """Forms of it that may cost an untrained model less, for `apply` to try on a calibration batch."""
         return ()
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        """Settings that `suggest(..., trying=True)` tries on a model; its defaults, where every option has one."""
+        needed = [f for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        return () if needed else (cls(),)
+
     @property
     def needs_layout(self) -> bool:
         """Whether the stage rotates queries itself and so must know how the model pairs channels."""

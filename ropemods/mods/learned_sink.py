@@ -60,6 +60,10 @@ class LearnedSink(Mod):
     def calibrates(self) -> bool:
         return self.init == "calibrated"
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return cls(), cls(init=0.0), cls(raised=2.0)
+
     def gentler(self) -> tuple[Mod, ...]:
         numbers = [dataclasses.replace(self, init=0.0, raised=0.0, read_bos=read) for read in (self.read_bos, True)]
         return tuple(dict.fromkeys(mod for mod in numbers if mod != self))

@@ -53,6 +53,10 @@ class ReplacedBos(Mod):
         if self.layers is not None:
             raise ValueError("replaced_bos: it acts at the input, before every layer, so it takes no layers=")
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return cls(by="mean"), cls(by="zero"), cls(by="noise")
+
     @property
     def needs_bos(self) -> bool:
         return True

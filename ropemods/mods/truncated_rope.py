@@ -40,6 +40,10 @@ class TruncatedRoPE(Mod):
             )
         super().__post_init__()
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return cls(keep=0.75), cls(keep=0.5)
+
     def kept(self, count: int) -> int:
         """How many of `count` frequencies stay: the floor, as the paper's code and transformers have it."""
         return int(self.keep * (2 * count) // 2)

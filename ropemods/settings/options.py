@@ -68,6 +68,11 @@ def fields(options: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(options)}
 
 
+def spelt(name: str) -> str:
+    """The option's name as users write it: `try_` is try, which Python keeps for itself."""
+    return name.removesuffix("_")
+
+
 def build(options: type[Options], *layers: Mapping[str, Any]) -> Options:
     """The options from checked layers of values; later layers win."""
     values = {name: value for layer in layers for name, value in layer.items()}
@@ -92,13 +97,14 @@ def from_yaml(options: type, path: str | Path) -> dict[str, Any]:
 
 def checked(options: type, values: Mapping[Any, Any], *, source: str | None) -> dict[str, Any]:
     """`values` with their types checked, in their final form. `source` is the file they are from, None for flags."""
-    known = fields(options)
+    known, names = fields(options), {spelt(name): name for name in fields(options)}
     hints = typing.get_type_hints(options)
     result = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{source}: there is no option {name!r}{did_you_mean(name, known)}")
-        label = f"--{name}" if source is None else f"{source}: {name}"
+    for written, value in values.items():
+        if written not in names:
+            raise ValueError(f"{source}: there is no option {written!r}{did_you_mean(written, names)}")
+        name = names[written]
+        label = f"--{written}" if source is None else f"{source}: {written}"
         parse = declared(known[name]).parse
         result[name] = converted(value, hints[name], label) if parse is None else _parsed(value, parse, label)
     return result

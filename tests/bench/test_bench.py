@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ropemods.bench import clock
+from ropemods import clock
 from ropemods.bench.bench_tables import table
 from ropemods.bench.cases import KINDS, SUBJECTS, Problem, Shape
 from ropemods.bench.grid import Plan, survey

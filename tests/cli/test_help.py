@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import ropemods as rm
 from ropemods.cli import COMMANDS, load, main
 from ropemods.mods import MODS
-from ropemods.settings.options import REQUIRED, fields
+from ropemods.settings.options import REQUIRED, fields, spelt
 from tests.cli.program import run, save_tiny, save_tokenizer, start
 
 
@@ -27,7 +27,8 @@ def test_help_shows_every_option_with_its_default(name: str, capsys: pytest.Capt
     text = " ".join(capsys.readouterr().out.split()).partition("[options]")[2]
     for option, field in fields(load(name).options).items():
         positional = field.metadata["option"].positional
-        shown = re.search(rf"{option.upper() if positional else f'--{option}'}\b.*?\((required|default: [^)]+)\)", text)
+        flag = option.upper() if positional else f"--{spelt(option)}"
+        shown = re.search(rf"{flag}\b.*?\((required|default: [^)]+)\)", text)
         assert shown is not None, option
         if field.default is REQUIRED:
             assert shown[1] == "required"

@@ -20,6 +20,7 @@ import ropemods as rm
 from ropemods.cli import load
 from ropemods.cli.measure import Options
 from ropemods.leakage.protocol import Protocol
+from ropemods.training.recipe_file import from_command_line
 from tests import zoo
 from tests.cli.program import ENVIRONMENT, PROGRAM, hidden, refused, run, save_tiny, save_tokenizer, start
 
@@ -133,6 +134,21 @@ def test_suggest_prints_bands_and_proposals(texts: Path, capsys: pytest.CaptureF
 def test_a_config_that_is_no_models_is_told(texts: Path, capsys: pytest.CaptureFixture[str], config: str) -> None:
     Path("model/config.json").write_text(config)
     assert "damaged or no model's" in refused("measure model --text books.jsonl", capsys)
+
+
+def test_suggest_tries_things_and_ends_in_a_recipe(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ropemods.leakage.tries.menu", lambda: (rm.TruncatedRoPE(0.5), rm.UnrotatedBos()))
+    words = "suggest model --text books.jsonl --length 16 --crop 64 --sequences 8"
+    assert "add --try" in refused(f"{words} --html page.html", capsys)
+    run(f"{words} --try --try_sequences 16 --try_length 64 --html page.html")
+    printed = capsys.readouterr().out
+    assert "UnrotatedBos()" in printed and "wrote suggested.yaml" in printed
+    assert "<html" in Path("page.html").read_text()
+    run("train suggested.yaml --print_only")
+    assert from_command_line(["--config", "suggested.yaml"]).options.data == "books.jsonl"
+    assert "--recipe" in refused(f"{words} --try", capsys)
 
 
 def test_mistakes_are_answered_before_anything_is_measured(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:

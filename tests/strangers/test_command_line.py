@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import ropemods as rm
 from ropemods.cli import COMMANDS, load, main
 from ropemods.mods import MODS
-from ropemods.settings.options import declared, fields
+from ropemods.settings.options import declared, fields, spelt
 from tests import zoo
 from tests.cli.program import save_tiny, save_tokenizer
 from tests.strangers.uses import ARCHITECTURES, REMEDY
@@ -70,6 +70,7 @@ def cases() -> list[tuple[str, str, str]]:
             if declared(field).positional or option in SLOW:
                 continue
             if hints[option] is bool:
+                option = spelt(option)
                 found += [(name, option, None), (name, f"no_{option}", None), (name, option, "x")]
             else:
                 found += [(name, option, value) for value in values(field, hints[option])]

@@ -166,17 +166,19 @@ _SHAPES = {
 }
 
 
-def dots(rows: Sequence[tuple[str, str, HasInterval]], *, title: str, unit: str, zero: bool = True) -> Markup:
-    """One row per arm (name, look, estimate): a dot on its 95% interval."""
+def dots(
+    rows: Sequence[tuple[str, str, HasInterval]], *, title: str, unit: str, zero: bool = True, longest: int = 16
+) -> Markup:
+    """One row per arm (name, look, estimate): a dot on its 95% interval. Names are cut to `longest` characters."""
     values = [v for _, _, e in rows for v in (e.value, e.low, e.high)]
     low, high = around(values, zero=zero, room=0.08)
-    name_width = 11 + 6.4 * max(len(_cut(name)) for name, _, _ in rows)
+    name_width = 11 + 6.4 * max(len(_cut(name, longest)) for name, _, _ in rows)
     bottom = TOP + 24 * len(rows)
     x = Scale(low=low, high=high, start=max(LEFT, name_width), stop=WIDTH - RIGHT)
     parts = _level_axis(x, round_ticks(low, high, most=5), top=TOP - 8, bottom=bottom)
     for i, (name, look, estimate) in enumerate(rows):
         y = TOP + 6 + 24 * i
-        parts.append(element("text", _cut(name), x=x.start - 8, y=y + 4, text_anchor="end", class_="label"))
+        parts.append(element("text", _cut(name, longest), x=x.start - 8, y=y + 4, text_anchor="end", class_="label"))
         told = f"{name}: {number(estimate.value)}"
         if math.isfinite(estimate.low) and math.isfinite(estimate.high):
             told += f" [{number(estimate.low)}, {number(estimate.high)}]"

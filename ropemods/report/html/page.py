@@ -61,7 +61,7 @@ def render_page(reports: Mapping[str, Findings], comparison: Contrasts | None = 
         *shown.values(),
         element("script", trusted(SCRIPT)),
     )
-    return join(trusted("<!doctype html>\n"), element("html", _head(title), body, lang="en"), "\n")
+    return join(trusted("<!doctype html>\n"), element("html", head(title), body, lang="en"), "\n")
 
 
 def _title(arms: tuple[Arm, ...], comparison: Contrasts | None) -> str:
@@ -80,7 +80,8 @@ def _subtitle(arms: tuple[Arm, ...]) -> str:
     )
 
 
-def _head(title: str) -> Markup:
+def head(title: str) -> Markup:
+    """The head of every page: style, and a policy under which nothing is loaded or run but what stands in it."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
