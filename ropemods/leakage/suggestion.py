@@ -46,7 +46,7 @@ from ropemods.leakage.documents import read_documents
 from ropemods.leakage.measurement import check_fit, unwrapped, wavelengths
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.reading import bos_mass
-from ropemods.leakage.tries import PROTOCOL, tried
+from ropemods.leakage.tries import PROTOCOL, check_stock, tried
 from ropemods.model import casts
 from ropemods.model.attention_layers import base_model
 from ropemods.model.observation import listening
@@ -183,6 +183,8 @@ def suggest(
         if not limit >= 0:
             raise ValueError(f"{name}={limit}: at least 0, which drops nothing")
     called = unwrapped(model, to_call=True)
+    if trying:
+        check_stock(called)  # before minutes of work
     inner = base_model(called)
     protocol = Protocol.from_dict(
         {

@@ -22,10 +22,10 @@ from ropemods import attach, clock
 from ropemods.leakage.capture import forward, ranks
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents
-from ropemods.leakage.measurement import measure, unwrapped
+from ropemods.leakage.measurement import measure
 from ropemods.leakage.protocol import Protocol
-from ropemods.model.attention_layers import base_model
 from ropemods.model.short_pass import quietly
+from ropemods.model.wrappers import base_model, unwrapped
 from ropemods.mods import MODS, Mod, kinds, of_kind, outside
 from ropemods.report.records import Estimate
 from ropemods.report.report import Report
@@ -57,12 +57,8 @@ def tried(
     progress: bool = True,
 ) -> Tries:
     """The whole menu on a model that has no modifications; it is left as it was."""
-    called = unwrapped(model)
-    if getattr(base_model(called), "ropemods_attached", None) is not None:
-        raise ValueError(
-            "this model is modified already, and tries start at the model itself; ropemods.remove(model) first, or "
-            "name the stock model"
-        )
+    called = unwrapped(model, to_call=True)
+    check_stock(called)
     batch_BT = calibration(documents, tokenizer, protocol, bos_token_id)
     tries: list[Try] = []
     refused: list[Refused] = []
@@ -96,6 +92,14 @@ def tried(
         refused=tuple(refused),
         notes=untouched.notes,
     )
+
+
+def check_stock(model: nn.Module) -> None:
+    if getattr(base_model(model), "ropemods_attached", None) is not None:
+        raise ValueError(
+            "this model is modified already, and tries start at the model itself; ropemods.remove(model) first, or "
+            "name the stock model"
+        )
 
 
 def calibration(

@@ -153,9 +153,11 @@ class Mod:
 
     @classmethod
     def worth_trying(cls) -> tuple[Mod, ...]:
-        """Settings that `suggest(..., trying=True)` tries on a model; its defaults, where every option has one."""
-        needed = [f for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-        return () if needed else (cls(),)
+        """Settings that `suggest(..., trying=True)` tries on a model; the defaults, where they make a modification."""
+        try:
+            return (cls(),)
+        except (TypeError, ValueError):
+            return ()
 
     @property
     def needs_layout(self) -> bool:
