@@ -16,7 +16,7 @@ ABOVE = ("cli", "training", "bench")
 MAY = {
     "settings": (),
     "attention": (),
-    "mods": ("attention",),
+    "mods": ("attention", "settings"),
     "model": ("mods", "attention", "settings"),
     "report": ("settings",),
     "admission": ("model", "mods"),
@@ -28,7 +28,7 @@ MAY = {
     "penalty": ("penalty_callback", "model"),
     "leakage": ("clock", "attach", "report", "model", "mods", "attention", "settings"),
     "mod_words": ("mods", "settings"),
-    "bench": ("clock", "report", "mods", "attention"),
+    "bench": ("clock", "report", "mods", "attention", "settings"),
     "training": (
         "penalty", "leakage", "report", "schedule", "checkpoint", "attach", "mod_words", "model", "mods", "settings",
     ),

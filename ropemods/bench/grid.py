@@ -15,6 +15,7 @@ import ropemods
 from ropemods import clock
 from ropemods.attention import paths
 from ropemods.bench.cases import KINDS, PATHS, SUBJECTS, Problem, Shape, Subject
+from ropemods.settings.json_records import decode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +117,8 @@ def as_json(plan: Plan, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def from_json(written: dict[str, Any]) -> list[Row]:
-    """The rows of a file that `as_json` wrote."""
-    return [
-        Row(**(row | {"shape": Shape(**row["shape"]), "ratio": clock.Ratio(**row["ratio"])})) for row in written["rows"]
-    ]
+def from_json(written: Any, source: str) -> list[Row]:
+    """The rows of what `as_json` wrote; `source` is the file, for an error."""
+    if not isinstance(written, dict) or "rows" not in written:
+        raise ValueError(f"{source} has no rows: it is no bench.json. `ropemods bench --output FOLDER` writes one")
+    return list(decode(tuple[Row, ...], written["rows"], f"{source}: rows"))

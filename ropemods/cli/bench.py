@@ -54,10 +54,11 @@ def run(options: Options) -> None:
     from ropemods.bench.bench_tables import into_page, line, plot, table
     from ropemods.bench.grid import as_json, from_json, machine, survey
     from ropemods.settings.files import read_text, write_text
+    from ropemods.settings.json_records import read_json
 
     if options.redraw is not None:
-        written = json.loads(read_text(options.redraw))
-        rows = from_json(written)
+        written = read_json(options.redraw, "`ropemods bench --output FOLDER` writes another.")
+        rows = from_json(written, options.redraw)
     else:
         plan = _plan(options)
         print(f"{machine(plan.device)}; median, min and max of {plan.pairs} pairs, stock attention = 1", flush=True)

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ropemods.settings.annotations import Unfit, fitted
 from ropemods.settings.options import in_words
 
 VERSION = 1
@@ -243,7 +244,9 @@ def _expect(holds: bool, message: str) -> None:
 
 def _expect_type(name: str, value: Any, hint: Any) -> None:
     """A field takes its annotation's type; an int is also a float, a bool is never an int."""
-    wanted = typing.get_origin(hint) or hint
-    accepted = (int, float) if wanted is float else wanted
-    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise TypeError(f"protocol: {name} takes {in_words(hint)}, found {value!r}")
+    try:
+        if name == "early" and isinstance(value, tuple):  # that there must be two is said in other words
+            hint = tuple[int, ...]
+        fitted(hint, value)
+    except Unfit:
+        raise TypeError(f"protocol: {name} takes {in_words(hint)}, found {value!r}") from None

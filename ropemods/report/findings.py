@@ -9,7 +9,6 @@ Units: leakage in nats², loss in nats per token. NaN is a value that is not def
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from ropemods.report.records import (
     Usage,
 )
 from ropemods.report.words import TERMS
-from ropemods.settings.files import read_text, write_text
-from ropemods.settings.json_records import RecordError, decode, dumps, encode
+from ropemods.settings.files import write_text
+from ropemods.settings.json_records import RecordError, decode, dumps, encode, read_json
 
 SCHEMA = 1
 
@@ -88,16 +87,7 @@ class Findings:
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Self:
         """Read a report. A file of another schema, or a damaged one, is an error that says so."""
-        text = read_text(path)
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecordError(
-                f"{path} is not JSON (line {error.lineno}: {error.msg}). Was it cut short? "
-                "Measure again, or restore the file."
-            ) from None
-        except RecursionError:
-            raise RecordError(f"{path} is not a ropemods report: its lists are nested too deeply") from None
+        data = read_json(path, "Measure again, or restore the file.")
         if not isinstance(data, dict) or "schema" not in data:
             raise RecordError(
                 f"{path} is not a ropemods report: it has no 'schema' key. "

@@ -16,11 +16,16 @@ import dataclasses
 import json
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, get_args, get_origin
+
+from ropemods.settings.annotations import Unfit, fitted
+from ropemods.settings.files import read_text
+from ropemods.settings.options import in_words
 
 
 class RecordError(ValueError):
@@ -53,25 +58,38 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _decode_dataclass(kind, value, where)
-    if kind is float:
-        return _decode_float(value, where)
+    if kind is float and value is None:
+        return math.nan
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(arguments, value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise _mismatch("a list", value, where)
-        item = arguments[0]
-        return tuple(decode(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        items = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(items) != len(value):
+            raise _mismatch(f"a list of {len(items)}", value, where)
+        pairs = zip(items, value, strict=True)
+        return tuple(decode(item, entry, f"{where}[{i}]") for i, (item, entry) in enumerate(pairs))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise _mismatch("an object", value, where)
         item = arguments[1]
         return {key: decode(item, entry, f"{where}.{key}") for key, entry in value.items()}
-    # bool is a subclass of int, and a count that reads `true` is a mistake.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _mismatch(_NAMES[kind], value, where)
-    return value
+    try:
+        return fitted(kind, value)
+    except Unfit:
+        raise _mismatch(_NAMES.get(kind) or in_words(kind), value, where) from None
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """What a file holds, or an error that names it. `what` says what it should be and how one gets another."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path} is not JSON (line {error.lineno}: {error.msg}). Was it cut short? {what}") from None
+    except RecursionError:
+        raise RecordError(f"{path} is not JSON of ropemods: its lists are nested too deeply. {what}") from None
 
 
 def dumps(value: Any) -> str:
@@ -95,14 +113,6 @@ def _mismatch(wanted: str, value: Any, where: str) -> RecordError:
     found = json.dumps(value)
     found = found if len(found) <= 40 else found[:37] + "..."
     return RecordError(f"{where}: expected {wanted}, found {found}")
-
-
-def _decode_float(value: Any, where: str) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _mismatch(_NAMES[float], value, where)
-    return float(value)
 
 
 def _decode_union(options: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -15,6 +15,7 @@ From YAML as from flags, an unknown name and a value of another type than the op
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -22,8 +23,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
+from ropemods.settings.annotations import Unfit, alternatives, fitted
 from ropemods.settings.strict_yaml import read, scalar
 
 REQUIRED = dataclasses.MISSING
@@ -131,55 +133,22 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 def converted(value: Any, hint: Any, name: str) -> Any:
     """`value` in the type of the annotation `hint`, or an error that names key, value and expected type."""
-    for accepts in _alternatives(hint):
-        try:
-            return _as(value, accepts)
-        except TypeError:
-            continue
-    quoted = "; put it in quotes" if str in _alternatives(hint) and isinstance(value, int | float) else ""
+    with contextlib.suppress(Unfit):
+        return fitted(hint, value)
+    quoted = "; put it in quotes" if str in alternatives(hint) and isinstance(value, int | float) else ""
     raise ValueError(f"{name} takes {in_words(hint)}, found {shown(value)}{quoted}")
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _as(value: Any, accepts: Any) -> Any:
-    """`value` as one plain type; TypeError when it is not of that type."""
-    if accepts is float and type(value) is int:
-        return float(value)
-    if accepts in (str, int, float, bool, types.NoneType) and type(value) is accepts:
-        return value
-    arguments = typing.get_args(accepts)
-    if typing.get_origin(accepts) is Literal:
-        for choice in arguments:
-            if type(choice) is type(value) and choice == value:
-                return value
-    if typing.get_origin(accepts) is tuple and isinstance(value, list | tuple):
-        if arguments[-1] is Ellipsis:
-            arguments = (arguments[0],) * len(value)
-        if len(arguments) == len(value):
-            return tuple(_as_any(item, each) for item, each in zip(value, arguments, strict=True))
-    raise TypeError
-
-
-def _as_any(value: Any, hint: Any) -> Any:
-    try:
-        return converted(value, hint, "")
-    except ValueError:
-        raise TypeError from None
 
 
 def from_text(texts: list[str], hint: Any) -> Any:
     """What the words after a flag mean, as YAML would have it; text stays text wherever the option takes text."""
-    for accepts in _alternatives(hint):
+    for accepts in alternatives(hint):
         if typing.get_origin(accepts) is tuple:
             item = typing.get_args(accepts)[0]
             # A text, or what is read by rules of its own, may hold a comma.
-            whole = item is Any or str in _alternatives(item)
+            whole = item is Any or str in alternatives(item)
             return [from_text([text], item) for text in (texts if whole else items(texts))]
     (text,) = texts
-    return text if str in _alternatives(hint) else scalar(text)
+    return text if str in alternatives(hint) else scalar(text)
 
 
 def items(texts: Iterable[str]) -> list[str]:
@@ -195,7 +164,7 @@ def in_words(hint: Any) -> str:
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
     several = {"text": "texts", "a whole number": "whole numbers", "a number": "numbers"}
     words = []
-    for accepts in _alternatives(hint):
+    for accepts in alternatives(hint):
         arguments = typing.get_args(accepts)
         if accepts in plain:
             words.append(plain[accepts])

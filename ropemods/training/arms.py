@@ -14,6 +14,7 @@ from transformers import set_seed
 import ropemods
 from ropemods.report.report import Report
 from ropemods.settings.files import write_text
+from ropemods.settings.json_records import decode, read_json
 from ropemods.training import measuring, models, peak_memory
 from ropemods.training.arm import Arm
 from ropemods.training.fit import Fitted, fit, probe_ids
@@ -193,10 +194,8 @@ def _result(
 
 
 def read_result(path: Path) -> ArmResult:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("curve", "probes"):
-        values[name] = tuple(tuple(point) for point in values[name])
-    return ArmResult(**values)
+    found: ArmResult = decode(ArmResult, read_json(path, "Delete it to run its arm again."), str(path))
+    return found
 
 
 def _indented(text: str) -> str:
