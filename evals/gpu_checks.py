@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ropemods.attention import eager, paths, sdpa
-from ropemods.attention.rows import BosColumn, Rows, Temperature
+from ropemods.attention.rows import Rows
+from ropemods.attention.terms import Column, EntropyScale, Slot
 from ropemods.mods.adaptive_temperature import PUBLISHED
 
 PATTERNS = ("causal", "grouped", "window", "capped", "padded", "packed", "decode")
@@ -79,13 +80,13 @@ def rows_of(case: Case, device: str) -> Rows:
         bos_BT = starts[segment].expand(2, queries)
     position_T = index[-queries:]
     is_bos = torch.zeros(2, length, dtype=torch.bool, device=device).scatter(1, bos_BT, True)
-    column = BosColumn(
+    column = Column(
         is_bos_BS=is_bos,
         is_self_BT=position_T[None] == bos_BT,
         logit_BHT=torch.randn(2, heads, queries, generator=source).to(device),
         log_weight=torch.tensor(math.log(0.3), device=device),
     )
-    rule = Temperature(torch.tensor([PUBLISHED], device=device), torch.tensor(1.0, device=device), None, False)
+    rule = EntropyScale(torch.tensor([PUBLISHED], device=device), torch.tensor(1.0, device=device))
     return Rows(
         q,
         k,
@@ -94,9 +95,9 @@ def rows_of(case: Case, device: str) -> Rows:
         causal=mask is None and queries > 1,
         scale=case.head_dim**-0.5,
         softcap=20.0 if case.pattern == "capped" else None,
-        bos=column,
-        temperature=rule,
-        sink_H=torch.randn(heads, generator=source).to(device),
+        column=column,
+        entropy_scale=rule,
+        slots=(Slot(torch.randn(heads, generator=source).to(device)),),
     )
 
 
@@ -105,11 +106,10 @@ def leaves_of(rows: Rows, dtype: torch.dtype) -> tuple[Rows, list[Tensor]]:
     made = [x.detach().to(dtype).requires_grad_() for x in rows[:3]]
     mask = rows.mask
     rest: dict[str, Any] = {}
-    if dtype == torch.float64 and rows.bos is not None:
-        assert rows.sink_H is not None
+    if dtype == torch.float64 and rows.column is not None:
         rest = {
-            "bos": rows.bos._replace(logit_BHT=rows.bos.logit_BHT.double()),
-            "sink_H": rows.sink_H.double(),
+            "column": rows.column._replace(logit_BHT=rows.column.logit_BHT.double()),
+            "slots": tuple(slot._replace(logit=slot.logit.double()) for slot in rows.slots),
         }
     return rows._replace(q_BHTD=made[0], k_BGSD=made[1], v_BGSD=made[2], mask=mask, **rest), made
 
@@ -134,8 +134,9 @@ def check(case: Case, device: str) -> dict[str, Any]:
     dtype = getattr(torch, case.dtype)
     exact, exact_leaves = leaves_of(rows, torch.float64)
     wanted = everything(eager.attend, exact, exact_leaves)
-    beta = eager.tempered(exact).beta_BHT
-    assert beta is not None
+    resolved = eager.tempered(exact).row_scale
+    assert resolved is not None
+    beta = resolved.beta_BHT
     with paths.using(case.path):
         found = everything(lambda rows: sdpa.attend(rows), *leaves_of(rows, dtype))
     plain = Rows((rows.q_BHTD * beta.detach().unsqueeze(-1)).to(dtype), *rows[1:5], scale=rows.scale)

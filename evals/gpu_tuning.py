@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ropemods.attention.rows import Rows, Temperature
+from ropemods.attention.rows import Rows
+from ropemods.attention.terms import EntropyScale
 from ropemods.attention.triton import blocks
 from ropemods.attention.triton.blocks import Blocks
 from ropemods.bench.cases import SUBJECTS, Problem, Shape
@@ -65,8 +66,8 @@ def call(kernel: str, head_dim: int, dtype: str, length: int, heads: int) -> Cal
     if kernel.startswith("statistics"):
         from ropemods.attention.triton.entropy import entropy
 
-        rule = Temperature(torch.tensor([PUBLISHED], device="cuda"), torch.ones((), device="cuda"), None, False)
-        rows = Rows(problem.q, problem.k, problem.v, mask=None, causal=True, scale=problem.scale, temperature=rule)
+        rule = EntropyScale(torch.tensor([PUBLISHED], device="cuda"), torch.ones((), device="cuda"))
+        rows = Rows(problem.q, problem.k, problem.v, mask=None, causal=True, scale=problem.scale, entropy_scale=rule)
 
         def read() -> None:
             with torch.set_grad_enabled(training):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ropemods.attention import eager
-from ropemods.attention.rows import Rows, Temperature
+from ropemods.attention.rows import Rows
+from ropemods.attention.terms import EntropyScale
 from ropemods.mods import AdaptiveTemperature
 from ropemods.mods.adaptive_temperature import PEAK
 
@@ -82,7 +83,7 @@ class Retriever(nn.Module):
         k_NHED = self.k[0].unflatten(1, (self.heads, -1))
         return torch.einsum("bnhe,nhec,ncd->bnhd", q_BNHE, k_NHED, self.item_2[0]).flatten(1, 2).unsqueeze(2)
 
-    def temperature(self, mod: AdaptiveTemperature) -> Temperature:
+    def temperature(self, mod: AdaptiveTemperature) -> EntropyScale:
         """The rule that a stage of ropemods would ask for, with this model's offsets where it trained some."""
         coefficients = torch.tensor(mod.coefficients)
         if hasattr(self, "offsets"):
@@ -90,18 +91,13 @@ class Retriever(nn.Module):
             coefficients = coefficients + (self.offsets * unit).expand(-1, self.heads, -1).flatten(0, 1)
         else:
             coefficients = coefficients.unsqueeze(0)
-        return Temperature(
-            coefficients_HC=coefficients,
-            strength=torch.ones(()),
-            hold_from=mod.peak() if mod.beyond == "hold" else None,
-            spare_bos=False,
-        )
+        return EntropyScale(coefficients, torch.ones(()), mod.peak() if mod.beyond == "hold" else None)
 
     def read(self, q_BHTD: Tensor, hidden_BNSD: Tensor, mod: AdaptiveTemperature | None) -> tuple[Tensor, Tensor]:
         """Class logits (B, N, C) and the attention (B, N · H, 1, S)."""
-        temperature = None if mod is None else self.temperature(mod)
+        rule = None if mod is None else self.temperature(mod)
         scale = 1 / math.sqrt(self.width // self.heads)
-        rows = Rows(q_BHTD, hidden_BNSD, hidden_BNSD, None, False, scale, temperature=temperature)
+        rows = Rows(q_BHTD, hidden_BNSD, hidden_BNSD, None, False, scale, entropy_scale=rule)
         read_BHTD, attention, _ = eager.attend(rows)
         read_BNHD = read_BHTD.squeeze(2).unflatten(1, (self.seeds, self.heads))
         weight, bias = self.item_2

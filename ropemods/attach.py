@@ -40,7 +40,16 @@ from ropemods.model import (
     unchanged,
     zero_states,
 )
-from ropemods.model.attention_layers import Stages, attention_layers, base_model, prepare_sites, site_of, uncompiled
+from ropemods.model.attention_layers import (
+    Stages,
+    attention_layers,
+    base_model,
+    hand_down,
+    head_dim_of,
+    prepare_sites,
+    site_of,
+    uncompiled,
+)
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage, edited
 
@@ -211,6 +220,8 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
         input_embedding.install(model)
     if any(mod.zeroes_states for mod in mods):
         attached.handles += zero_states.install(model)
+    if any(mod.needs_hidden for mod in mods):
+        attached.handles += [layer.register_forward_pre_hook(hand_down, with_kwargs=True) for _, layer in layers]
     attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
         attached.backend = attention_function.use_interface(model, [layer for _, layer in layers])
@@ -236,7 +247,7 @@ def _layer_stage(mod: Mod, layer: nn.Module, count: int) -> Stage | None:
     assert site is not None
     if not mod.selects(site.layer, count):
         return None
-    return mod.stage(Site(site.layer, site.heads))
+    return mod.stage(Site(site.layer, site.heads, head_dim_of(layer), layer.config.hidden_size))  # type: ignore[union-attr]
 
 
 def _placed(stages: Stages, beside: nn.Module, dtype: torch.dtype) -> Stages:

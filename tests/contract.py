@@ -187,8 +187,7 @@ class ModContract:
             generator = torch.Generator().manual_seed(call.layer)
             weight = torch.randn(call.output.shape, generator=generator, dtype=torch.float64) * real[..., None, None]
             wide = [t.detach().double().requires_grad_() for t in (call.query, call.key, call.value)]
-            mods = self.variants[variant]
-            wanted = oracle.recompute(call, mods, strength, *wide, layers=len(layers), bos_BT=bos, rotary=table)
+            wanted = oracle.recompute(call, *wide, backend=pair[1], bos_BT=bos, rotary=table)
             close(call.output.double() * real[..., None, None], wanted * real[..., None, None], 2e-5)
             if not site.active:  # the stock function's own business, and its own precision
                 continue

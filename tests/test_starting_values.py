@@ -85,7 +85,7 @@ def test_the_sink_takes_the_mass_that_bos_had_whether_bos_is_still_read_or_not(r
 
     def look(site, rows, call, lse):
         if site.layer == 0:
-            taken.append(torch.exp(rows.sink_H[:, None] - lse)[:, :, 1:])
+            taken.append(torch.exp(rows.slots[0].logit[:, None] - lse)[:, :, 1:])
 
     with attention_function.observed(look, of=model, want_lse=True), torch.no_grad():
         model(ids)

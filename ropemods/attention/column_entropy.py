@@ -19,9 +19,9 @@ from ropemods.attention.rows import Rows
 
 def without_column(rows: Rows) -> Tensor | None:
     """The mask of `rows`, and the BOS column hidden."""
-    if rows.bos is None:
+    if rows.column is None:
         return rows.mask
-    is_bos = rows.bos.is_bos_BS[:, None, None, :]
+    is_bos = rows.column.is_bos_BS[:, None, None, :]
     if rows.mask is None:
         return ~is_bos
     if rows.mask.dtype == torch.bool:
@@ -30,25 +30,24 @@ def without_column(rows: Rows) -> Tensor | None:
 
 
 def with_column(rows: Rows, lse: Tensor, others: Tensor) -> Tensor:
-    """H of every row as its temperature reads it, from the statistics of the keys other than the BOS."""
-    assert rows.temperature is not None
-    if rows.bos is None:
+    """H of every row as its entropy scale reads it, from the statistics of the keys other than the BOS."""
+    assert rows.entropy_scale is not None
+    if rows.column is None:
         return others
-    column = rows.bos.closed() if rows.temperature.spare_bos else rows.bos
-    logit = column.logit_BHT + column.log_weight_BT(column.logit_BHT.dtype)[:, None]
-    return _joined(lse, others, logit.to(lse.dtype) + _reach(rows))
+    column = rows.column.closed() if rows.entropy_scale.spares_column else rows.column
+    return _joined(lse, others, column.weighed().to(lse.dtype) + _reach(rows))
 
 
 def _reach(rows: Rows) -> Tensor:
     """What the mask adds to the BOS logit of each row (B, 1 or H, T): 0, or -inf where the row does not see its BOS."""
-    assert rows.bos is not None
-    is_bos = rows.bos.is_bos_BS[:, None, None, :]
+    assert rows.column is not None
+    is_bos = rows.column.is_bos_BS[:, None, None, :]
     if rows.mask is not None and rows.mask.dtype != torch.bool:
         return rows.mask.masked_fill(~is_bos, float("-inf")).amax(-1)
     if rows.mask is not None:
         sees = (rows.mask & is_bos).any(-1)
     elif rows.causal:
-        sees = rows.bos.is_bos_BS.cummax(-1).values[:, None, : rows.q_BHTD.shape[2]]
+        sees = rows.column.is_bos_BS.cummax(-1).values[:, None, : rows.q_BHTD.shape[2]]
     else:
         sees = is_bos.any(-1)
     return torch.where(sees, 0.0, float("-inf"))

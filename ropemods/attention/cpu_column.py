@@ -1,9 +1,9 @@
 """The BOS column scored apart on a CPU: closed in the kernel, and added back as a sink that carries a value.
 
 Let the kernel run with the BOS column closed and return out and lse. With the column's logit b_i and value v_bos,
-and a sink if there is one,
+and slots (`slots`) if there are any,
 
-    lse′ = log(e^lse + e^b + e^sink)      out′ = e^(lse − lse′) · out + e^(b − lse′) · v_bos
+    lse′ = log(e^lse + e^b + Σ e^z)      out′ = e^(lse − lse′) · out + e^(b − lse′) · v_bos + Σ e^(z − lse′) · ν
 
 and the kernel's own backward is exact for the other keys when it is handed lse′ and out′, as in `flash`. The column's
 share P = e^(b − lse′) has gradients of its own: db = P (⟨dO, v_bos⟩ − ⟨dO, out′⟩) and dv_bos = Σ P dO. So neither a
@@ -11,7 +11,7 @@ wider head nor a mask of T × S is needed.
 
 The CPU kernel takes a mask of one row, (B, 1, 1, S), beside the causal pattern, at no cost that can be measured.
 
-For calls without a mask, which have one BOS a row; packed and padded batches go by `fused.widened`.
+For calls without a mask, which have one BOS a row; packed and padded batches go by `sdpa.widened`.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ropemods.attention.rows import Rows
+from ropemods.attention.rows import Rows, wide
+from ropemods.attention.slots import Slots, gradients, log_total, with_values
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def fits(rows: Rows) -> bool:
     """Whether a call is one for this file."""
     q, k, v = rows[:3]
     return (
-        rows.bos is not None
+        rows.column is not None
         and q.device.type == "cpu"
         and rows.mask is None
         and rows.causal
@@ -50,12 +51,12 @@ def attend(
     v_BGSD: Tensor,
     is_bos_BS: Tensor,
     logit_BHT: Tensor,
-    sink_H: Tensor | None,
+    slots: Slots | None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and the log of the denominator of causal rows whose BOS column has `logit_BHT`, tempered and weighed."""
-    return _attend_apart(q_BHTD, k_BGSD, v_BGSD, is_bos_BS, logit_BHT, sink_H, scale)
+    return _attend_apart(q_BHTD, k_BGSD, v_BGSD, is_bos_BS, logit_BHT, *(slots or (None, None)), scale)
 
 
 def row_entropy(q_BHTD: Tensor, k_BGSD: Tensor, is_bos_BS: Tensor, logit_BHT: Tensor, *, scale: float) -> Tensor:
@@ -84,10 +85,6 @@ def _backward(
     return kernel(d_out, q, k, v, out, lse, 0.0, True, attn_mask=_mask(is_bos, q.dtype), scale=scale)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _heads(x_BGD: Tensor, heads: int) -> Tensor:
     """One vector a query head, as a column (B, H, D, 1)."""
     return x_BGD.repeat_interleave(heads // x_BGD.shape[1], 1).unsqueeze(-1)
@@ -104,36 +101,33 @@ def _values_of_bos(v: Tensor, is_bos: Tensor) -> tuple[Tensor, Tensor]:
 
 @custom_op("ropemods::attend_apart", mutates_args=())
 def _attend_apart(
-    q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, sink: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, slot: Tensor | None, slot_value: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _forward(q, k, v, is_bos, scale)
     value, sees = _values_of_bos(v, is_bos)
     logit = torch.where(sees, logit.to(lse.dtype), float("-inf"))
-    log_z = torch.logaddexp(lse, logit)
-    if sink is not None:
-        log_z = torch.logaddexp(log_z, sink.to(lse.dtype)[:, None])
+    log_z = log_total(torch.logaddexp(lse, logit), slot)
     share = torch.exp(logit - log_z).unsqueeze(-1)
     kept = torch.exp(lse - log_z).unsqueeze(-1)
-    # A row that sees nothing at all, without a sink, stays 0.
+    # A row that sees nothing at all, without slots, stays 0.
     empty = (log_z == float("-inf")).unsqueeze(-1)
     share, kept = share.masked_fill(empty, 0), kept.masked_fill(empty, 0)
     out = out.to(lse.dtype).mul_(kept) if out.dtype == lse.dtype else out.to(lse.dtype) * kept
     out.addcmul_(share, _heads(value, q.shape[1]).transpose(2, 3).to(lse.dtype))
-    return out.to(q.dtype), log_z
+    return with_values(out, log_z, slot, slot_value).to(q.dtype), log_z
 
 
 @_attend_apart.register_fake
-def _like_attention(
-    q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, sink: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=_wide(q.dtype))
+def _like_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @custom_op("ropemods::attend_apart_backward", mutates_args=())
 def _attend_apart_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, sink: Tensor | None,
-    out: Tensor, log_z: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, out: Tensor, log_z: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = _backward(d_out, q, k, v, is_bos, out, log_z, scale)
     value, sees = _values_of_bos(v, is_bos)
     batch, heads = q.shape[:2]
@@ -145,20 +139,15 @@ def _attend_apart_backward(
     d_logit = share * (from_value - delta)
     d_value = (share.unsqueeze(2) @ wide).view(batch, groups, heads // groups, -1).sum(2)
     dv = torch.where(is_bos[:, None, :, None], d_value[:, :, None].to(dv.dtype), dv)
-    if sink is None:
-        d_sink = delta.new_empty(0)
-    else:
-        d_sink = -(torch.exp(sink.to(log_z.dtype)[:, None] - log_z) * delta).sum((0, 2)).to(sink.dtype)
-    return dq, dk, dv, d_logit.to(logit.dtype), d_sink
+    return dq, dk, dv, d_logit.to(logit.dtype)
 
 
 @_attend_apart_backward.register_fake
 def _like_inputs(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, sink: Tensor | None,
-    out: Tensor, log_z: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, is_bos: Tensor, logit: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, d_logit = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v, logit))
-    return dq, dk, dv, d_logit, log_z.new_empty(0) if sink is None else torch.empty(sink.shape, dtype=sink.dtype)
+    return dq, dk, dv, d_logit
 
 
 def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,9 +157,10 @@ def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _attention_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # unpacked once, as gradient checkpointing asks
-    dq, dk, dv, d_logit, d_sink = _attend_apart_backward(d_out, *saved, ctx.scale)
-    return dq, dk, dv, None, d_logit, None if saved[5] is None else d_sink, None
+    *inputs, slot, slot_value, out, log_z = ctx.saved_tensors  # unpacked once, as gradient checkpointing asks
+    dq, dk, dv, d_logit = _attend_apart_backward(d_out, *inputs, out, log_z, ctx.scale)
+    of_slots = (None, None) if slot is None else gradients(d_out, out, log_z, slot, slot_value)
+    return dq, dk, dv, None, d_logit, *of_slots, None
 
 
 _attend_apart.register_autograd(_attention_gradients, setup_context=_keep_for_attention)
@@ -194,7 +184,7 @@ def _entropy_apart(q: Tensor, k: Tensor, is_bos: Tensor, logit: Tensor, scale: f
 
 @_entropy_apart.register_fake
 def _like_entropy(q: Tensor, k: Tensor, is_bos: Tensor, logit: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    entropy, log_z = (torch.empty(q.shape[:3], dtype=_wide(q.dtype)) for _ in range(2))
+    entropy, log_z = (torch.empty(q.shape[:3], dtype=wide(q.dtype)) for _ in range(2))
     return entropy, log_z, torch.empty(q.shape, dtype=q.dtype)
 
 

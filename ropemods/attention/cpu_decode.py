@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ropemods.attention.rows import Rows, Temperature, soft_capped, wide
+from ropemods.attention import slots
+from ropemods.attention.rows import Rows, scaled_column, soft_capped, wide
+from ropemods.attention.terms import EntropyScale
 
 ROWS = 8
 """Up to how many queries."""
@@ -25,55 +27,59 @@ RUN = 1024
 
 def fits(rows: Rows) -> bool:
     q, k, v = rows[:3]
-    grown = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, rows.mask, rows.sink_H, rows.beta_BHT)
-    )
-    if torch.is_grad_enabled() and rows.temperature is not None:
-        grown = grown or rows.temperature.coefficients_HC.requires_grad
+    given = [q, k, v, rows.mask, *(x for slot in rows.slots for x in slot), *(rows.row_scale or ())]
+    if rows.entropy_scale is not None:
+        given.append(rows.entropy_scale.coefficients_HC)
+    grown = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     return q.device.type == "cpu" and q.shape[2] <= ROWS and rows.dropout == 0 and not grown
 
 
 def attend(rows: Rows) -> tuple[Tensor, Tensor]:
     """Returns out_BHTD and the log of the denominator (B, H, T)."""
-    bos, rule = rows.bos, rows.temperature
+    rule = rows.entropy_scale
+    column, beta = scaled_column(rows), None if rows.row_scale is None else rows.row_scale.beta_BHT
+    spared = rule is None or rule.spares_column
     is_bos = logit = weight = counted = coefficients = strength = None
-    spared = rows.beta_spares_bos if rule is None else rule.spare_bos
-    if bos is not None:
-        dtype = bos.logit_BHT.dtype
-        is_bos, logit, weight = bos.is_bos_BS, bos.logit_BHT, bos.log_weight_BT(dtype)[:, None]
-        counted = bos.closed().log_weight_BT(dtype)[:, None] if spared else weight.clone()
+    if column is not None:
+        dtype = column.logit_BHT.dtype
+        is_bos, logit, weight = column.is_bos_BS, column.logit_BHT, column.log_weight_BT(dtype)[:, None]
+        counted = column.closed().log_weight_BT(dtype)[:, None] if spared else weight.clone()
         if rows.mask is not None and rows.mask.dtype != torch.bool:
             # What the mask adds to the BOS column; where it hides the column, `_put` sees that for itself.
             added = _added(rows.mask).masked_fill(~is_bos[:, None, None, :], 0.0)
             weight, counted = weight + added.sum(-1).to(dtype), counted + added.sum(-1).to(dtype)
-    hold_from = None
+    hold_from, cornered = None, True
     if rule is not None:
-        coefficients, strength, hold_from = rule.coefficients_HC, rule.strength, rule.hold_from
+        coefficients, strength, hold_from, cornered = rule.coefficients_HC, rule.strength, rule.hold_from, rule.cornered
     mask = rows.mask
     if rows.causal:
         mask = torch.ones(rows.q_BHTD.shape[2], rows.k_BGSD.shape[2], dtype=torch.bool).tril()[None, None]
+    joined = slots.together(rows.slots, rows.q_BHTD, wide(rows.q_BHTD.dtype)) or (None, None)
     return _attend_few(
-        *(*rows[:3], mask, is_bos, logit, weight, counted, rows.sink_H, rows.beta_BHT, coefficients, strength),
-        *(hold_from, spared, rows.scale, rows.softcap),
+        *(*rows[:3], mask, is_bos, logit, weight, counted, *joined, beta, coefficients, strength),
+        *(hold_from, cornered, spared, rows.scale, rows.softcap),
     )
 
 
 @custom_op("ropemods::attend_few", mutates_args=())
 def _attend_few(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_bos: Tensor | None, logit: Tensor | None,
-    weight: Tensor | None, counted: Tensor | None, sink: Tensor | None, beta: Tensor | None,
-    coefficients: Tensor | None, strength: Tensor | None, hold_from: float | None, spared: bool, scale: float,
-    softcap: float | None,
+    weight: Tensor | None, counted: Tensor | None, slot: Tensor | None, slot_value: Tensor | None,
+    beta: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float | None, cornered: bool,
+    spared: bool, scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     groups = k.shape[1]
     s = _scores(q, k, scale)  # (B, H, T, S), worked on in place
     if softcap is not None:
         s = soft_capped(s, softcap)
     at, columns = (None, None) if is_bos is None else is_bos.nonzero(as_tuple=True)
+    if beta is not None:
+        s.mul_(beta.unsqueeze(-1))
+    _hide(s, mask)
+    base = torch.zeros_like(s[..., :1])
     if coefficients is not None:
         assert strength is not None
         # As an entropy reads it, hidden keys first; what hides a key hides it also when it is multiplied by β.
-        _hide(s, mask)
         _put(s, at, columns, logit, counted)
         highest = _highest(s)
         s.sub_(highest)
@@ -83,18 +89,14 @@ def _attend_few(
         entropy = total.log() - torch.bmm(rows_s, rows_weights).view_as(total) / total
         del weights, rows_weights
         entropy = torch.where(total == 0, 0.0, entropy)
-        beta = Temperature(coefficients, strength, hold_from, spared).beta(entropy).unsqueeze(-1)
-        s.mul_(beta)
-        base = beta * highest
+        sharper = EntropyScale(coefficients, strength, hold_from, spared, cornered).beta(entropy)
+        s.mul_(sharper.unsqueeze(-1))
+        base = sharper.unsqueeze(-1) * highest
         if mask is not None and mask.dtype != torch.bool and bool((added := _added(mask)).any()):
-            s.add_((1 - beta) * added)  # β sharpens the logits, not what the mask adds to them
-    else:
-        if beta is not None:
-            beta = beta.unsqueeze(-1)
-            s.mul_(beta)
-        _hide(s, mask)
-        base = torch.zeros_like(s[..., :1])
-    _put(s, at, columns, logit if beta is None or spared or logit is None else logit * beta.squeeze(-1), weight, base)
+            s.add_((1 - sharper.unsqueeze(-1)) * added)  # β sharpens the logits, not what the mask adds to them
+        if logit is not None and not spared:
+            logit = logit * sharper
+    _put(s, at, columns, logit, weight, base)
     # What e is taken of is below 0 here, but where the BOS column or the sink stands above all keys.
     highest = _highest(s)
     if coefficients is None or spared or bool((highest > 0).any()):
@@ -102,15 +104,16 @@ def _attend_few(
         base = base + highest
     weights = s.exp_()
     total = weights.sum(-1, keepdim=True)
-    log_z = (base + total.log()).squeeze(-1)
-    if sink is not None:
-        sink = sink.to(log_z.dtype)[:, None]
-        log_z = torch.logaddexp(log_z, sink)
+    log_z = slots.log_total((base + total.log()).squeeze(-1), slot)
+    out = _mixed(weights.view(weights.shape[0], groups, -1, weights.shape[-1]), v).view(*q.shape[:3], v.shape[3])
+    if slot is not None:
         # Not by way of log_z: among large logits its rounding would show in the output.
-        total = total + torch.exp(sink.unsqueeze(-1) - base)
+        slot_weights = torch.exp(slot.to(base.dtype).unsqueeze(-1) - base)
+        total = total + slot_weights.sum(0)
+        if slot_value is not None:
+            out = out + torch.einsum("nbhtx,nhd->bhtd", slot_weights, slot_value.to(out.dtype))
     share = torch.where(total == 0, 0.0, 1 / total)
-    out = _mixed(weights.view(weights.shape[0], groups, -1, weights.shape[-1]), v)
-    return (out.view(*q.shape[:3], v.shape[3]) * share).to(v.dtype), log_z
+    return (out * share).to(v.dtype), log_z
 
 
 @_attend_few.register_fake
@@ -159,12 +162,12 @@ def _added(mask: Tensor) -> Tensor:
 
 def _put(
     s: Tensor, at: Tensor | None, columns: Tensor | None, logit: Tensor | None, weight: Tensor | None,
-    base: Tensor | float = 0.0,
+    base: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The BOS columns' logits into scores that `base` was taken from; a column that the mask hides stays hidden."""
     if at is None or columns is None or logit is None or weight is None or not len(at):
         return
     value = (logit + weight).to(s.dtype)
-    value = value if isinstance(base, float) else value - base.squeeze(-1)
+    value = value if base is None else value - base.squeeze(-1)
     here = s[at, :, :, columns]
     s[at, :, :, columns] = torch.where(here < 1e5 * CLOSED, HIDDEN, value[at].clamp(min=CLOSED))

@@ -9,40 +9,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ropemods.attention import slots
 from ropemods.attention.rows import Rows, additive_mask, soft_capped, wide, with_beta
 
 
 def tempered(rows: Rows) -> Rows:
-    """`rows` with β in the place of the temperature it asks for."""
-    if rows.temperature is None:
+    """`rows` with β in the place of the rule that asks for it."""
+    if rows.entropy_scale is None:
         return rows
-    return _with_beta(rows, *_logits(rows))
+    return with_beta(rows, entropy(rows))
+
+
+def entropy(rows: Rows) -> Tensor:
+    """H of every row as its entropy scale reads it."""
+    return _entropy_read(rows, *_logits(rows))
 
 
 def attend(rows: Rows, *, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out_BHTD, the probabilities of the keys (B, H, T, S), and the log of the denominator (B, H, T)."""
     logits, bias = _logits(rows)
-    if rows.temperature is not None:
-        rows = _with_beta(rows, logits, bias)
-    if rows.beta_BHT is not None:
-        beta = rows.beta_BHT.unsqueeze(-1)
-        if rows.bos is not None and rows.beta_spares_bos:
-            beta = torch.where(rows.bos.is_bos_BS[:, None, None, :], torch.ones_like(beta), beta)
-        logits = beta * logits
+    if rows.entropy_scale is not None:
+        beta = rows.entropy_scale.beta(_entropy_read(rows, logits, bias))
+        logits = logits * _of_columns(rows, beta, None if rows.entropy_scale.spares_column else beta)
     logits = _plus(logits, bias)
+    joined = slots.together(rows.slots, rows.q_BHTD, logits.dtype)
     highest = logits.detach().amax(-1, keepdim=True)
-    if rows.sink_H is not None:
-        highest = torch.maximum(highest, rows.sink_H.detach().to(highest.dtype)[:, None, None])
+    if joined is not None:
+        highest = torch.maximum(highest, joined.logit_NBHT.detach().amax(0).unsqueeze(-1))
     # A row that sees nothing has a highest logit of -inf: its weights are 0, not NaN.
     highest = torch.where(highest == float("-inf"), torch.zeros_like(highest), highest)
     weights = torch.exp(logits - highest)
     total = weights.sum(-1, keepdim=True)
-    if rows.sink_H is not None:
-        total = total + torch.exp(rows.sink_H.to(total.dtype)[:, None, None] - highest)
+    if joined is not None:
+        slot_weights = torch.exp(joined.logit_NBHT.unsqueeze(-1) - highest)
+        total = total + slot_weights.sum(0)
     log_z = (highest + total.log()).squeeze(-1).detach()
-    probabilities = (weights / torch.where(total == 0, torch.ones_like(total), total)).to(rows.v_BGSD.dtype)
+    share = torch.where(total == 0, torch.ones_like(total), total)
+    probabilities = (weights / share).to(rows.v_BGSD.dtype)
     dropped = torch.nn.functional.dropout(probabilities, p=rows.dropout, training=training)
-    return _by_group(dropped, rows.v_BGSD), probabilities, log_z
+    out = _by_group(dropped, rows.v_BGSD)
+    if joined is not None and joined.value_NHD is not None:
+        brought = torch.einsum("nbhtx,nhd->bhtd", slot_weights / share, joined.value_NHD.to(share.dtype))
+        out = (out + brought).to(out.dtype)
+    return out, probabilities, log_z
 
 
 def _by_group(x_BHTN: Tensor, y_BGNM: Tensor) -> Tensor:
@@ -52,27 +61,52 @@ def _by_group(x_BHTN: Tensor, y_BGNM: Tensor) -> Tensor:
     return product.unflatten(2, (heads // groups, queries)).flatten(1, 2)
 
 
-def _with_beta(rows: Rows, logits: Tensor, bias: Tensor | None) -> Rows:
-    assert rows.temperature is not None
+def _entropy_read(rows: Rows, logits: Tensor, bias: Tensor | None) -> Tensor:
+    """H of every row as its entropy scale reads it."""
+    assert rows.entropy_scale is not None
     counted = _plus(logits, bias)
-    if rows.bos is not None and rows.temperature.spare_bos:
-        spared = rows.bos.is_bos_BS[:, None, None, :] & ~rows.bos.is_self_BT[:, None, :, None]
+    if rows.column is not None and rows.entropy_scale.spares_column:
+        spared = rows.column.is_bos_BS[:, None, None, :] & ~rows.column.is_self_BT[:, None, :, None]
         counted = counted.masked_fill(spared, float("-inf"))
-    return with_beta(rows, _entropy(counted))
+    return _entropy(counted)
+
+
+def _of_columns(rows: Rows, beta_BHT: Tensor, column_BHT: Tensor | None) -> Tensor:
+    """A factor on every logit: one on those of keys, another on that of the BOS column."""
+    if rows.column is None or column_BHT is beta_BHT:
+        return beta_BHT.unsqueeze(-1)
+    other = torch.ones_like(beta_BHT) if column_BHT is None else column_BHT
+    return torch.where(rows.column.is_bos_BS[:, None, None, :], other.unsqueeze(-1), beta_BHT.unsqueeze(-1))
 
 
 def _logits(rows: Rows) -> tuple[Tensor, Tensor | None]:
-    """The logits of all keys, untempered, and what is added to them, if anything: visibility, the BOS weight."""
+    """The logits of all keys as a row scale leaves them, and what is added to them, if anything: visibility, the BOS
+    weight, biases of keys and offsets."""
     dtype = wide(rows.q_BHTD.dtype)
     logits = _by_group(rows.q_BHTD, rows.k_BGSD.transpose(2, 3)) * rows.scale
     logits = soft_capped(logits.to(dtype), rows.softcap)
     bias = _visibility(rows, logits)
-    if rows.bos is not None:
-        is_bos = rows.bos.is_bos_BS[:, None, None, :]
-        logits = torch.where(is_bos, rows.bos.logit_BHT.unsqueeze(-1), logits)
-        weight = rows.bos.log_weight_BT(dtype)[:, None, :, None]
+    if rows.column is not None:
+        is_bos = rows.column.is_bos_BS[:, None, None, :]
+        logits = torch.where(is_bos, rows.column.logit_BHT.unsqueeze(-1), logits)
+        weight = rows.column.log_weight_BT(dtype)[:, None, :, None]
         bias = _plus(torch.where(is_bos, weight, torch.zeros_like(weight)), bias)
+    if rows.offset_bias is not None:
+        factors_HTS, added_HTS = (_by_offset(x_HO, logits) for x_HO in rows.offset_bias)
+        logits, bias = logits * factors_HTS, _plus(added_HTS, bias)
+    if rows.key_bias is not None:
+        bias = _plus(rows.key_bias.bias_BHS.to(dtype).unsqueeze(2), bias)
+    if rows.row_scale is not None:
+        logits = logits * _of_columns(rows, *rows.row_scale)
     return logits, bias
+
+
+def _by_offset(x_HO: Tensor, logits: Tensor) -> Tensor:
+    """A number for each query and key (H, T, S) by how far before the query the key stands."""
+    queries, keys = logits.shape[-2:]
+    query_T = torch.arange(keys - queries, keys, device=logits.device)
+    offset_TS = (query_T[:, None] - torch.arange(keys, device=logits.device)).clamp(min=0)
+    return x_HO.to(logits.dtype)[:, offset_TS]
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

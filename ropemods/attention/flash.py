@@ -7,9 +7,7 @@
 Its backward is a flash backward: dH_i/ds_ij = −p_ij (s_ij − E_i), which is the logit gradient of attention with
 values k, output Attn(q, k, k) and output gradient −scale · q_i; dq and dk are kept, dv is nobody's.
 
-`attend_with_sink` adds a logit to every row's denominator. The softmax over keys and sink has log-sum-exp
-lse' = log(e^lse + e^sink), so the output is the kernel's times e^(lse − lse'), and the kernel's own backward is exact
-when it is handed lse' and the final output: it rebuilds p = e^(s − lse') and ds = p (⟨dO, v⟩ − ⟨dO, out⟩) from them.
+`attend_with_slots` joins slots to every row, and hands the kernel's own backward what `slots` says.
 
 Both are custom operators, so that a graph holds each as one node. They are written in operators that torch can trace
 without data, so each function is its own fake.
@@ -25,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+
+from ropemods.attention import slots
+from ropemods.attention.slots import Slots
 
 aten = torch.ops.aten
 WIDEST_FLASH = 256
@@ -122,15 +123,15 @@ def _row_entropy(
 
 
 @_as_operator
-def _attend_with_sink(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out and the log of the denominator, the sink included."""
+def _attend_with_slots(
+    q: Tensor, k: Tensor, v: Tensor, logit: Tensor | None, value: Tensor | None, mask: Tensor | None, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and the log of the denominator, the slots in both."""
     out, lse = _forward(q, k, v, mask, causal, scale)
-    if sink is None:
-        return out, lse
-    log_z = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
-    return (out * torch.exp(lse - log_z).unsqueeze(-1)).to(out.dtype), log_z
+    if value is not None and mask is not None:  # a row that sees nothing reads its slots; some kernels call its lse 0
+        lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+    return slots.joined(out, lse, None if logit is None else Slots(logit, value))
 
 
 def _keep_for_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -148,25 +149,20 @@ def _entropy_gradients(ctx: Any, d_entropy: Tensor, *_: Tensor) -> tuple[Tensor 
 
 
 def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sink, mask, ctx.causal, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, sink, mask, out, lse)
-    ctx.mark_non_differentiable(lse)
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _attention_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, sink, mask, out, lse = ctx.saved_tensors
-    dq, dk, dv = _backward(d_out, q, k, v, mask, out, lse, ctx.causal, ctx.scale)
-    d_sink = None
-    if sink is not None and ctx.needs_input_grad[3]:
-        # The sink's share of row i is e^(sink − lse'), and its value is 0.
-        share = torch.exp(sink.to(lse.dtype)[:, None] - lse)
-        d_sink = -(share * (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sink.dtype)
-    return dq, dk, dv, d_sink, None, None, None
+    q, k, v, logit, value, mask, out, log_z = ctx.saved_tensors
+    dq, dk, dv = _backward(d_out, q, k, v, mask, out, log_z, ctx.causal, ctx.scale)
+    of_slots = (None, None) if logit is None else slots.gradients(d_out, out, log_z, logit, value)
+    return dq, dk, dv, *of_slots, None, None, None
 
 
 _row_entropy.register_autograd(_entropy_gradients, setup_context=_keep_for_entropy)
-_attend_with_sink.register_autograd(_attention_gradients, setup_context=_keep_for_attention)
+_attend_with_slots.register_autograd(_attention_gradients, setup_context=_keep_for_attention)
 
 
 def _like_queries(x_BGSD: Tensor, q_BHTD: Tensor) -> Tensor:
@@ -182,16 +178,16 @@ def row_entropy(q_BHTD: Tensor, k_BGSD: Tensor, *, mask: Tensor | None, causal: 
     return entropy
 
 
-def attend_with_sink(
+def attend_with_slots(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSD: Tensor,
-    sink_H: Tensor | None,
+    slots: Slots | None,
     *,
     mask: Tensor | None,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, D) and the log of each row's denominator (B, H, T), the sink included; lse has no gradient."""
+    """out (B, H, T, D) and the log of each row's denominator (B, H, T), slots included; the log has no gradient."""
     k_BHSD, v_BHSD = _like_queries(k_BGSD, q_BHTD), _like_queries(v_BGSD, q_BHTD)
-    return _attend_with_sink(q_BHTD, k_BHSD, v_BHSD, sink_H, mask, causal, scale)
+    return _attend_with_slots(q_BHTD, k_BHSD, v_BHSD, *(slots or (None, None)), mask, causal, scale)

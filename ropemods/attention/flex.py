@@ -1,7 +1,7 @@
 """The terms of `rows` on torch's FlexAttention, for GPUs where our kernels do not fit.
 
-The BOS column and the soft cap are a score function, what a row may see is a block mask, β is on the queries, and the
-sink is a factor on the output by the log-sum-exp that FlexAttention returns. A temperature costs a second call, which
+The BOS column, biases and the soft cap are a score function, what a row may see is a block mask, β is on the queries,
+and slots are joined by the log-sum-exp that FlexAttention returns. An entropy scale costs a second call, which
 reads the mean key of each row: E = scale · ⟨q, Attn(q, k, k)⟩ and H = lse − E, as in `flash`.
 
 FlexAttention is compiled on first use. For CPUs torch compiles it without the log-sum-exp and has no backward, so that
@@ -20,41 +20,33 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
+from ropemods.attention import slots
 from ropemods.attention.column_entropy import with_column
-from ropemods.attention.rows import Rows, soft_capped, with_beta
+from ropemods.attention.rows import Rows, scaled, soft_capped, with_beta
 
 BLOCK = 128
 
 
-def tempered(rows: Rows, *, compiled: bool = True) -> Rows:
-    """`rows` with β in the place of the temperature it asks for."""
-    if rows.temperature is None:
-        return rows
+def entropy(rows: Rows, *, compiled: bool = True) -> Tensor:
+    """H of every row as its entropy scale reads it."""
     _check(rows)
-    q, k, bos = rows.q_BHTD, rows.k_BGSD, rows.bos
-    without = rows if bos is None else rows._replace(bos=bos.closed(), temperature=rows.temperature)
+    rows = scaled(rows)
+    q, k, column = rows.q_BHTD, rows.k_BGSD, rows.column
+    without = rows if column is None else rows._replace(column=column.closed())
     mean_key, lse = _call(without._replace(v_BGSD=k), close_all=True, compiled=compiled)
     empty = lse == float("-inf")
     mean_logit = rows.scale * (q.to(lse.dtype) * mean_key.to(lse.dtype)).sum(-1)
-    entropy = torch.where(empty, 0.0, lse - mean_logit)
-    return with_beta(rows, with_column(rows, lse, entropy))
+    return with_column(rows, lse, torch.where(empty, 0.0, lse - mean_logit))
 
 
 def attend(rows: Rows, *, compiled: bool = True) -> tuple[Tensor, Tensor]:
     """Returns out_BHTD and the log of the denominator (B, H, T)."""
     _check(rows)
-    rows = tempered(rows, compiled=compiled)
-    if rows.beta_BHT is not None:
-        rows = rows._replace(q_BHTD=(rows.q_BHTD * rows.beta_BHT.unsqueeze(-1)).to(rows.q_BHTD.dtype))
-        if rows.bos is not None and not rows.beta_spares_bos:
-            assert rows.beta_BHT is not None
-            logit = rows.bos.logit_BHT * rows.beta_BHT.to(rows.bos.logit_BHT.dtype)
-            rows = rows._replace(bos=rows.bos._replace(logit_BHT=logit))
+    if rows.entropy_scale is not None:
+        rows = with_beta(rows, entropy(rows, compiled=compiled))
+    rows = scaled(rows)
     out, lse = _call(rows, close_all=False, compiled=compiled)
-    if rows.sink_H is None:
-        return out, lse
-    log_z = torch.logaddexp(lse, rows.sink_H.to(lse.dtype)[:, None])
-    return (out * torch.exp(lse - log_z).unsqueeze(-1)).to(out.dtype), log_z
+    return slots.joined(out, lse, slots.together(rows.slots, rows.q_BHTD, lse.dtype))
 
 
 def _call(rows: Rows, *, close_all: bool, compiled: bool) -> tuple[Tensor, Tensor]:
@@ -80,22 +72,30 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _score(rows: Rows, close_all: bool) -> Callable[..., Tensor] | None:
-    cap, bos, mask = rows.softcap, rows.bos, rows.mask
+    cap, column, mask = rows.softcap, rows.column, rows.mask
     adds = mask if mask is not None and mask.dtype != torch.bool else None
-    if cap is None and bos is None and adds is None:
+    if cap is None and column is None and adds is None and rows.offset_bias is None and rows.key_bias is None:
         return None
     if adds is not None:
         adds = adds.expand(rows.q_BHTD.shape[0], rows.q_BHTD.shape[1], *adds.shape[-2:])
-    if bos is not None:
-        logit = bos.logit_BHT + bos.log_weight_BT(bos.logit_BHT.dtype)[:, None]
-        if close_all:
-            logit = torch.full_like(logit, float("-inf"))
-        is_bos = bos.is_bos_BS.expand(rows.q_BHTD.shape[0], -1)
+    if column is not None:
+        logit = torch.full_like(column.logit_BHT, float("-inf")) if close_all else column.weighed()
+        is_bos = column.is_bos_BS.expand(rows.q_BHTD.shape[0], -1)
+    ahead = rows.k_BGSD.shape[2] - rows.q_BHTD.shape[2]
+    if rows.offset_bias is not None:
+        factor_HO, added_HO = (x.expand(rows.q_BHTD.shape[1], -1) for x in rows.offset_bias)
+    if rows.key_bias is not None:
+        bias_BHS = rows.key_bias.bias_BHS.expand(*rows.q_BHTD.shape[:2], -1)
 
     def score(value: Tensor, b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
         value = soft_capped(value, cap)
-        if bos is not None:
+        if column is not None:
             value = torch.where(is_bos[b, s], logit[b, h, q].to(value.dtype), value)
+        if rows.offset_bias is not None:
+            offset = torch.clamp(q + ahead - s, min=0)
+            value = value * factor_HO[h, offset] + added_HO[h, offset]
+        if rows.key_bias is not None:
+            value = value + bias_BHS[b, h, s]
         return value if adds is None else value + adds[b, h, q, s]
 
     return score
@@ -139,10 +139,15 @@ def _check(rows: Rows) -> None:
         raise ValueError(
             "FlexAttention has no backward on a CPU; train there with ROPEMODS_KERNEL=flash, or under torch.no_grad()"
         )
-    if rows.softcap is not None and (rows.temperature is not None or rows.beta_BHT is not None):
+    if rows.softcap is not None and (rows.entropy_scale is not None or rows.row_scale is not None):
         raise ValueError(
             "FlexAttention cannot read the entropy of soft-capped logits; use ROPEMODS_KERNEL=triton, or load the "
             "model with attn_implementation='eager'"
+        )
+    if rows.offset_bias is not None and (rows.entropy_scale or rows.row_scale or rows.column is not None):
+        raise ValueError(
+            "FlexAttention takes factors by offset without a factor by row and without a BOS column of its own; load "
+            "the model with attn_implementation='eager'"
         )
     if rows.dropout > 0:
         raise ValueError(

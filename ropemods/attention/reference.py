@@ -1,15 +1,18 @@
-"""The oracle: attention with every term, written as the formulas, in fp64, one query at a time where that is clearest.
+"""The oracle: an attention call computed from rows that are written out one by one (`plain_row`), in the precision of
+its tensors, which should be fp64. What it does for the terms of a call is the composition of their naive forms.
 
-Nothing here is fast and nothing here shares code with the fast paths; what they compute is right when it equals this.
-Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, F rotary frequencies.
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ropemods.attention.plain_row import PlainRow
+from ropemods.attention.rows import Rows, shown
 
 PAPER = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
@@ -46,70 +49,60 @@ def truncated_frequencies(inv_freq: Tensor, *, keep: float, which: str = "lowest
     return out
 
 
-def rotate(x_D: Tensor, angle_F: Tensor, *, interleaved: bool = False, start: int = 0) -> Tensor:
-    """Turn each rotary pair of one vector by its angle, counterclockwise; the other channels stay."""
-    out, frequencies = x_D.clone(), len(angle_F)
-    for f in range(frequencies):
-        first = start + (2 * f if interleaved else f)
-        second = start + (2 * f + 1 if interleaved else f + frequencies)
-        cos, sin = math.cos(angle_F[f]), math.sin(angle_F[f])
-        out[first] = x_D[first] * cos - x_D[second] * sin
-        out[second] = x_D[second] * cos + x_D[first] * sin
-    return out
+def attention(rows: Rows, fill: Callable[[PlainRow], None] | None = None, bos_BT: Tensor | None = None) -> Tensor:
+    """The output (B, H, T, D) of a call.
 
-
-def attention(
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSD: Tensor,
-    *,
-    visible_BTS: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    bos_BT: Tensor | None = None,
-    bos_logit_BHT: Tensor | None = None,
-    bos_weight_BT: Tensor | None = None,
-    sink_H: Tensor | None = None,
-    sink_weight: float = 1.0,
-    temperature_rule=None,
-    spare_bos: bool = False,
-) -> Tensor:
-    """One row at a time: softmax over what the query sees, with the BOS column, the temperature and the sink.
-
-    `bos_BT` is the column of each query's BOS; `bos_logit_BHT` its logit where it is not the natural one;
-    `temperature_rule` maps entropies (B, H, T) to β. A row that sees nothing gives zeros.
+    `fill` puts into each row what its terms do not hold; `bos_BT` is the column of each query's BOS where no term says.
     """
+    q_BHTD, k_BGSD, v_BGSD = rows[:3]
     batch, heads, queries, _ = q_BHTD.shape
-    groups = k_BGSD.shape[1]
-    k_BHSD = k_BGSD.repeat_interleave(heads // groups, dim=1)
-    v_BHSD = v_BGSD.repeat_interleave(heads // groups, dim=1)
-    s_BHTS = scale * torch.einsum("bhtd,bhsd->bhts", q_BHTD, k_BHSD)
-    if softcap is not None:
-        s_BHTS = softcap * torch.tanh(s_BHTS / softcap)
-    rows = []
+    groups, keys = k_BGSD.shape[1:3]
+    seen_BTS, added_BHTS = visible(rows), added(rows)
+    outputs = []
     for b in range(batch):
         for h in range(heads):
+            group = h * groups // heads
             for t in range(queries):
-                seen = visible_BTS[b, t].nonzero().flatten()
-                logits, values = s_BHTS[b, h, t, seen], v_BHSD[b, h, seen]
-                is_bos = torch.zeros_like(seen, dtype=torch.bool) if bos_BT is None else seen == bos_BT[b, t]
-                if bos_logit_BHT is not None:
-                    logits = torch.where(is_bos, bos_logit_BHT[b, h, t], logits)
-                weight = torch.ones_like(logits)
-                if bos_weight_BT is not None:
-                    weight = torch.where(is_bos, bos_weight_BT[b, t].to(logits.dtype), weight)
-                beta = torch.ones_like(logits)
-                counted = (weight > 0) & ~(is_bos & spare_bos)
-                if temperature_rule is not None and counted.any():
-                    log_p = torch.log_softmax(logits[counted] + weight[counted].log(), 0)
-                    entropy = -(log_p.exp() * log_p).sum()
-                    factor = temperature_rule(entropy.expand(1, heads, 1))[0, h, 0]
-                    beta = torch.where(is_bos & spare_bos, beta, factor)
-                numerators = weight * torch.exp(beta * logits)
-                denominator = numerators.sum()
-                if sink_H is not None:
-                    denominator = denominator + sink_weight * torch.exp(sink_H[h])
-                # A row that sees nothing, and has no sink, has nothing to divide by and gives zeros.
-                mixed = (numerators[:, None] * values).sum(0)
-                rows.append(mixed if denominator == 0 else mixed / denominator)
-    return torch.stack(rows).view(batch, heads, queries, -1)
+                columns = seen_BTS[b, t].nonzero().flatten().tolist()
+                row = PlainRow(
+                    at=(b, h, t),
+                    query_D=q_BHTD[b, h, t],
+                    keys_ND=k_BGSD[b, group, columns],
+                    values_ND=v_BGSD[b, group, columns],
+                    columns=columns,
+                    offsets_N=keys - queries + t - torch.tensor(columns, dtype=torch.long),
+                    scale=rows.scale,
+                    softcap=rows.softcap,
+                )
+                if added_BHTS is not None:
+                    row.add(added_BHTS.expand(batch, heads, -1, -1)[b, h, t, columns])
+                if rows.column is not None:
+                    is_bos = rows.column.is_bos_BS.expand(batch, -1)[b]
+                    row.bos = next((n for n, column in enumerate(columns) if is_bos[column]), None)
+                    row.is_bos = bool(rows.column.is_self_BT.expand(batch, -1)[b, t])
+                if bos_BT is not None:
+                    bos = int(bos_BT[b, t])
+                    row.bos = columns.index(bos) if bos in columns else None
+                    row.is_bos = keys - queries + t == bos
+                for term in rows.terms():
+                    term.naive(row)
+                if fill is not None:
+                    fill(row)
+                outputs.append(row.out())
+    return torch.stack(outputs).view(batch, heads, queries, -1)
+
+
+def visible(rows: Rows) -> Tensor:
+    """(B, T, S): what each query sees; masks that differ by head are not for the oracle."""
+    batch, queries, keys = len(rows.q_BHTD), rows.q_BHTD.shape[2], rows.k_BGSD.shape[2]
+    if rows.mask is not None:
+        return shown(rows.mask)[:, 0].expand(batch, queries, keys)
+    everything = torch.ones(queries, keys, dtype=torch.bool)
+    return (everything.tril() if rows.causal else everything).expand(batch, queries, keys)
+
+
+def added(rows: Rows) -> Tensor | None:
+    """What an additive mask adds to the keys that it shows."""
+    if rows.mask is None or not rows.mask.dtype.is_floating_point:
+        return None
+    return rows.mask.where(shown(rows.mask), 0.0).to(rows.q_BHTD.dtype)

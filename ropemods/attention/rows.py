@@ -1,72 +1,29 @@
-"""What one attention call computes: every softmax row, with the three terms a modification may add.
+"""What one attention call computes: every softmax row, with the terms that modifications add (`terms`).
 
-A plain row i is  out_i = Σ_j e^{s_ij} v_j / Σ_j e^{s_ij}  with s_ij = scale · ⟨q_i, k_j⟩.  The modifications add
-
-- a **BOS column** scored apart: key j that is the BOS of query i gets logit b_i and weight w_i instead of s_ij,
-- a **temperature**: the logits of the keys are multiplied by β_i, a function of the row's entropy,
-- a **sink**: a logit per head that joins the denominator and carries no value.
-
-                    Σ_j e^{β_i s_ij} v_j  +  w_i e^{β′_i b_i} v_bos
-    out_i  =  ─────────────────────────────────────────────────────────          (j runs over the other visible keys)
-                    Σ_j e^{β_i s_ij}  +  w_i e^{β′_i b_i}  +  e^{sink_h}
-
-β′ is β, or 1 where the temperature spares the BOS. The entropy is taken over the keys (the BOS left out where it is
-spared), before the temperature and never over the sink; the sink is never tempered. So the three terms do not see
-each other's order: whichever modification comes first, the row is the same.
+A plain row i is  out_i = Σ_j e^{s_ij} v_j / Σ_j e^{s_ij}  with s_ij = scale · ⟨q_i, k_j⟩, soft-capped where the model
+does that. `plus` adds a term, by the term's own rule where there is one of its kind already.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ropemods.attention.terms import Column, EntropyScale, KeyBias, OffsetBias, RowScale, Slot, Term
 
-class BosColumn(NamedTuple):
-    """The column of each query's BOS, scored apart from the other keys."""
-
-    is_bos_BS: Tensor
-    """True where a key is a BOS. In a packed row several are; the mask hides all but the query's own."""
-    is_self_BT: Tensor
-    """True where a query is itself the BOS: it has nothing else to read, so its own column stays open."""
-    logit_BHT: Tensor
-    """b_i in fp32 (fp64 for fp64 inputs): scaled and soft-capped, not tempered."""
-    log_weight: Tensor
-    """log w for every later query (a scalar): 0 leaves the column open, -inf closes it."""
-
-    def log_weight_BT(self, dtype: torch.dtype) -> Tensor:
-        weight = self.log_weight.to(dtype)
-        return torch.where(self.is_self_BT, torch.zeros_like(weight), weight)
-
-    def closed(self) -> BosColumn:
-        return self._replace(log_weight=torch.full_like(self.log_weight, float("-inf")))
-
-
-class Temperature(NamedTuple):
-    """β as a function of a row's entropy; see `ropemods.mods.adaptive_temperature` for the published values."""
-
-    coefficients_HC: Tensor
-    """Polynomial in the entropy, highest power first; one row for all heads or one per head."""
-    strength: Tensor
-    hold_from: float | None
-    """Entropy past which β keeps the value it has there; None follows the polynomial to its end."""
-    spare_bos: bool
-
-    def beta(self, entropy_BHT: Tensor) -> Tensor:
-        """1 + strength · (max(P(H), 1) − 1) where H > 0.5, else 1."""
-        entropy = entropy_BHT
-        if self.hold_from is not None:
-            entropy = entropy.clamp(max=self.hold_from)
-        coefficients = self.coefficients_HC.to(entropy.dtype)
-        # Horner, highest power first: in ascending order the rule is a no-op, a bug seen in the wild.
-        value = torch.zeros_like(entropy)
-        for power in range(coefficients.shape[-1]):
-            value = value * entropy + coefficients[:, power, None]
-        sharpened = torch.where(entropy_BHT > 0.5, value.clamp(min=1.0), torch.ones_like(value))
-        return 1 + self.strength.to(entropy.dtype) * (sharpened - 1)
+FIELDS: dict[type, str] = {
+    Column: "column",
+    KeyBias: "key_bias",
+    OffsetBias: "offset_bias",
+    RowScale: "row_scale",
+    EntropyScale: "entropy_scale",
+    Slot: "slots",
+}
 
 
 class Rows(NamedTuple):
@@ -82,13 +39,30 @@ class Rows(NamedTuple):
     scale: float
     softcap: float | None = None
     dropout: float = 0.0
-    bos: BosColumn | None = None
-    temperature: Temperature | None = None
-    """Asked for; a backend's `tempered` turns it into the factors below."""
-    beta_BHT: Tensor | None = None
-    """β of each row; the BOS column has it too unless `beta_spares_bos`."""
-    beta_spares_bos: bool = False
-    sink_H: Tensor | None = None
+    column: Column | None = None
+    key_bias: KeyBias | None = None
+    offset_bias: OffsetBias | None = None
+    row_scale: RowScale | None = None
+    entropy_scale: EntropyScale | None = None
+    """Asked for; a backend's `tempered` turns it into a row scale."""
+    slots: tuple[Slot, ...] = ()
+
+    def plus(self, term: Any) -> Rows:
+        """With one more term, or, of a kind that two of compose, with both as one."""
+        name = FIELDS[type(term)]
+        before = getattr(self, name)
+        if name == "slots":
+            return self._replace(slots=(*before, term))
+        return self._replace(**{name: before.joined(term) if before is not None and hasattr(term, "joined") else term})
+
+    def terms(self) -> Iterator[Term]:
+        for name in FIELDS.values():
+            held = getattr(self, name)
+            yield from held if name == "slots" else () if held is None else (held,)
+
+    def names(self) -> set[str]:
+        """Of the kinds of terms that are there."""
+        return {type(term).__name__ for term in self.terms()}
 
 
 HIDDEN = -9984.0
@@ -110,10 +84,30 @@ def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def with_beta(rows: Rows, entropy_BHT: Tensor) -> Rows:
-    """`rows` with its temperature resolved, given the entropy it reads."""
-    rule = rows.temperature
+    """`rows` with the rule of its entropy scale applied, given the entropy that it reads."""
+    rule = rows.entropy_scale
     assert rule is not None
-    return rows._replace(temperature=None, beta_BHT=rule.beta(entropy_BHT), beta_spares_bos=rule.spare_bos)
+    beta_BHT = rule.beta(entropy_BHT)
+    return rows._replace(entropy_scale=None).plus(RowScale(beta_BHT, None if rule.spares_column else beta_BHT))
+
+
+def scaled(rows: Rows) -> Rows:
+    """`rows` with its row scale on the queries and on the column, for kernels that know no other factor.
+
+    Not where logits are soft-capped, which is done before they are scaled.
+    """
+    if rows.row_scale is None:
+        return rows
+    assert rows.softcap is None
+    q = (rows.q_BHTD * rows.row_scale.beta_BHT.unsqueeze(-1)).to(rows.q_BHTD.dtype)
+    return rows._replace(q_BHTD=q, row_scale=None, column=scaled_column(rows))
+
+
+def scaled_column(rows: Rows) -> Column | None:
+    column = rows.column
+    if column is None or rows.row_scale is None or rows.row_scale.column_BHT is None:
+        return column
+    return column._replace(logit_BHT=column.logit_BHT * rows.row_scale.column_BHT.to(column.logit_BHT.dtype))
 
 
 def additive_mask(rows: Rows, dtype: torch.dtype) -> Tensor | None:

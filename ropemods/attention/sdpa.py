@@ -1,7 +1,8 @@
 """The terms of `rows` on fused kernels, in O(T) memory: whichever `paths` says; here by torch's stock kernels.
 
-- The **temperature** is one entropy call (by `flash`, or our own in Triton) and β on the queries.
-- The **sink** is a factor on the kernel's output (`flash.attend_with_sink`).
+- An **entropy scale** is one entropy call (by `flash`, or our own in Triton) and then a row scale.
+- A **row scale** is a factor on the queries.
+- **Slots** are joined to the kernel's output by its log-sum-exp (`slots`).
 - The **BOS column** is scored apart by widening the head: the BOS key's channels are zeroed and eight more channels
   carry its logit instead, [q, logit parts] · [k, 1 at the BOS]. Three of the eight hold the logit as the sum of three
   numbers of the input's precision, which is exact to 2⁻²⁴; a closed column gets a logit far below every other. No
@@ -19,43 +20,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropemods.attention import cpu_column, cpu_decode, eager, flash, flex
+from ropemods.attention import cpu_column, cpu_decode, eager, flash, flex, slots
 from ropemods.attention.paths import chosen
-from ropemods.attention.rows import BosColumn, Rows, additive_mask, wide, with_beta
+from ropemods.attention.rows import Rows, additive_mask, scaled, wide, with_beta
+from ropemods.attention.terms import Column
 
 PARTS, CHANNELS = 3, 8
 """Logit parts, and the channels they travel in: kernels want head dims in multiples of 8."""
 
 
 def tempered(rows: Rows) -> Rows:
-    """`rows` with β in the place of the temperature it asks for."""
-    if rows.temperature is None:
+    """`rows` with β in the place of the rule that asks for it."""
+    if rows.entropy_scale is None:
         return rows
+    return with_beta(rows, _entropy_read(rows))
+
+
+def _entropy_read(rows: Rows) -> Tensor:
+    """H of every row as its entropy scale reads it."""
     path = chosen(rows.q_BHTD.device)
     if path in ("triton", "triton-rows"):
         from ropemods.attention.triton.entropy import entropy
 
-        return with_beta(rows, entropy(rows))
+        return entropy(rows)
     if path == "flex":
-        return flex.tempered(rows)
+        return flex.entropy(rows)
     _check(rows)
     if _few(rows):
-        return eager.tempered(_wide(rows))._replace(q_BHTD=rows.q_BHTD, k_BGSD=rows.k_BGSD)
+        return eager.entropy(_wide(rows))
+    rows = scaled(rows)
     q, k = rows.q_BHTD, rows.k_BGSD
-    if rows.bos is not None:
-        column = rows.bos.closed() if rows.temperature.spare_bos else rows.bos
+    assert rows.entropy_scale is not None
+    if rows.column is not None:
+        column = rows.column.closed() if rows.entropy_scale.spares_column else rows.column
         if cpu_column.fits(rows):
-            logit = _weighed(column)
-            return with_beta(rows, cpu_column.row_entropy(q, k, column.is_bos_BS, logit, scale=rows.scale))
+            return cpu_column.row_entropy(q, k, column.is_bos_BS, column.weighed(), scale=rows.scale)
         q, k = widened(rows, column)
     mask = additive_mask(rows, q.dtype)
-    return with_beta(rows, flash.row_entropy(q, k, mask=mask, causal=rows.causal, scale=rows.scale))
+    return flash.row_entropy(q, k, mask=mask, causal=rows.causal, scale=rows.scale)
 
 
 def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Returns out_BHTD and, if asked, the log of the denominator (B, H, T).
 
-    On the stock kernels, and without a sink, the main pass is `scaled_dot_product_attention` itself, on whichever
+    On the stock kernels, and without slots, the main pass is `scaled_dot_product_attention` itself, on whichever
     kernel it picks.
     """
     path = chosen(rows.q_BHTD.device)
@@ -72,20 +80,17 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
         out, _, lse = eager.attend(_wide(rows))
         return out, lse
     mask = additive_mask(rows, rows.q_BHTD.dtype)
-    rows = tempered(rows._replace(mask=mask))
+    rows = scaled(tempered(rows._replace(mask=mask)))
     q, k, v = rows.q_BHTD, rows.k_BGSD, rows.v_BGSD
-    if rows.beta_BHT is not None:
-        q = (q * rows.beta_BHT.unsqueeze(-1)).to(q.dtype)
-    if rows.bos is not None:
-        column = rows.bos
-        if rows.beta_BHT is not None and not rows.beta_spares_bos:
-            column = column._replace(logit_BHT=column.logit_BHT * rows.beta_BHT.to(column.logit_BHT.dtype))
+    joined = slots.together(rows.slots, q, wide(q.dtype))
+    if rows.column is not None:
         if cpu_column.fits(rows):
-            return cpu_column.attend(q, k, v, column.is_bos_BS, _weighed(column), rows.sink_H, scale=rows.scale)
-        q, k = widened(rows._replace(q_BHTD=q), column)
+            column = rows.column
+            return cpu_column.attend(q, k, v, column.is_bos_BS, column.weighed(), joined, scale=rows.scale)
+        q, k = widened(rows, rows.column)
 
     value_dim = v.shape[-1]
-    if rows.sink_H is None and not want_lse:
+    if joined is None and not want_lse:
         groups = q.shape[1] // k.shape[1]
         if groups > 1 and mask is not None:
             # As transformers' own SDPA path does: with a mask, grouped heads would leave the fused kernels.
@@ -101,26 +106,28 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
             enable_gqa=k.shape[1] != q.shape[1],
         )
         return out[..., :value_dim], None
-    out, lse = flash.attend_with_sink(q, k, _padded(v, q), rows.sink_H, mask=mask, causal=rows.causal, scale=rows.scale)
+    if joined is not None and joined.value_NHD is not None:
+        joined = joined._replace(value_NHD=_padded(joined.value_NHD, q))
+    out, lse = flash.attend_with_slots(q, k, _padded(v, q), joined, mask=mask, causal=rows.causal, scale=rows.scale)
     return out[..., :value_dim], lse
 
 
-def widened(rows: Rows, bos: BosColumn) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, N) and k (B, G, S, N) whose products are the logits of `rows`, with `bos` in its column."""
+def widened(rows: Rows, column: Column) -> tuple[Tensor, Tensor]:
+    """q (B, H, T, N) and k (B, G, S, N) whose products are the logits of `rows`, with `column` in it."""
     q, k = rows.q_BHTD, rows.k_BGSD
-    is_bos = bos.is_bos_BS[:, None, :, None]
-    parts_BHTC, unit = _logit_parts(bos, rows.scale, q.dtype)
+    is_bos = column.is_bos_BS[:, None, :, None]
+    parts_BHTC, unit = _logit_parts(column, rows.scale, q.dtype)
     indicator = torch.zeros(*k.shape[:3], CHANNELS, dtype=k.dtype, device=k.device)
     indicator[..., :PARTS] = (is_bos * unit).to(k.dtype)
     return torch.cat((q, parts_BHTC), -1), torch.cat((torch.where(is_bos, 0, k), indicator), -1)
 
 
-def _logit_parts(bos: BosColumn, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+def _logit_parts(column: Column, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The BOS logit of each query in three channels of `dtype`, and the key's value in those channels."""
     # fp16 ends at 65504: a larger key channel leaves room for closed columns below logits of -1e4.
     unit = 1024.0 if dtype == torch.float16 else 1.0
     closed = -6e4 * unit * scale if dtype == torch.float16 else -1e30
-    logit = _weighed(bos)
+    logit = column.weighed()
     is_closed = logit == float("-inf")
     rest = torch.where(is_closed, torch.full_like(logit, closed), logit) / (scale * unit)
     parts = []
@@ -131,11 +138,6 @@ def _logit_parts(bos: BosColumn, scale: float, dtype: torch.dtype) -> tuple[Tens
         parts.append(part)
     empty = torch.zeros_like(parts[0])
     return torch.stack(parts + [empty] * (CHANNELS - PARTS), dim=-1), unit
-
-
-def _weighed(bos: BosColumn) -> Tensor:
-    """The column's logit with its weight in it (B, H, T)."""
-    return bos.logit_BHT + bos.log_weight_BT(bos.logit_BHT.dtype)[:, None]
 
 
 def _few(rows: Rows) -> bool:
@@ -159,13 +161,18 @@ def _check(rows: Rows) -> None:
             "a soft cap on the attention logits was asked for on the sdpa path, whose kernels have none; "
             "load the model with attn_implementation='eager', or on CUDA set ROPEMODS_KERNEL=triton"
         )
-    if rows.dropout > 0 and rows.sink_H is not None:
+    if rows.key_bias is not None or rows.offset_bias is not None:
         raise ValueError(
-            f"attention dropout of {rows.dropout} beside a LearnedSink was asked for on the sdpa path, whose "
+            "a bias of keys or offsets was asked for on the sdpa path, whose kernels have none; load the model with "
+            "attn_implementation='eager', or on CUDA set ROPEMODS_KERNEL=flex"
+        )
+    if rows.dropout > 0 and rows.slots:
+        raise ValueError(
+            f"attention dropout of {rows.dropout} beside a slot (a sink) was asked for on the sdpa path, whose "
             "kernels return no log-sum-exp with dropout; set config.attention_dropout = 0 or load the model with "
             "attn_implementation='eager'"
         )
-    if rows.temperature is not None or rows.sink_H is not None:
+    if rows.entropy_scale is not None or rows.slots:
         reason = flash.unsupported(rows.q_BHTD, rows.k_BGSD, rows.v_BGSD)
         if reason is not None:
             raise ValueError(f"{reason}; load the model with attn_implementation='eager'")

@@ -103,7 +103,8 @@ class Problem:
 
     def __init__(self, shape: Shape, kind: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        dtype, self.kind, self.heads = getattr(torch, shape.dtype), kind, shape.heads
+        dtype, self.kind = getattr(torch, shape.dtype), kind
+        self.site = Site(0, shape.heads, shape.head_dim, shape.heads * shape.head_dim)
         queries = 1 if kind == "decode" else shape.length
 
         def normal(heads: int, rows: int) -> Tensor:
@@ -158,7 +159,7 @@ class Problem:
     def modified(self, subject: Subject, path: str) -> Callable[[], None]:
         if not subject.mods:
             return self.stock()
-        stages = [mod.stage(Site(0, self.heads)) for mod in subject.mods]
+        stages = [mod.stage(self.site) for mod in subject.mods]
         parameters = []
         for stage in stages:
             assert stage is not None

@@ -112,7 +112,7 @@ def _stored(folder: Path, files: str, mods: list[Mod]) -> tuple[dict[str, int], 
 
 def _fixed(mods: list[Mod]) -> set[str]:
     """What the layers' stages store beside their parameters, such as where a sink began."""
-    stages = {mod.kind: mod.stage(Site(0, 1)) for mod in mods}
+    stages = {mod.kind: mod.stage(Site(0, 1, 1, 1)) for mod in mods}
     return {
         f"{kind}.{name}"
         for kind, stage in stages.items()

@@ -1,12 +1,11 @@
 """From one attention call to what `Sums` keeps of it.
 
-Everything is said of the rows as the kernel used them: soft-capped, multiplied by a temperature's β, with the BOS
-column at the logit and weight that a modification gave it, and with a sink in the denominator. Hidden keys have mass
-0. Band and position 1 hold pre-mask logits, so that the residual term never sees the mask.
+Everything is said of the rows as the kernel used them, with every term in them. Hidden keys have mass 0. Band and
+position 1 hold pre-mask logits, so that the residual term never sees the mask.
 
 **Entropy** is read on the grid of whole rows that the mask term needs anyway, and interpolated linearly in log i
 between them: a pass of its own would cost as much as the model's attention. It is the entropy of the weights as used;
-a sink is no key and is left out.
+a slot is no key and is left out.
 
 Shapes: B batch, H query heads, G key heads, T queries, S keys (= T), W window, R grid rows, D head dim,
 I queries i ≥ w.
@@ -20,7 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ropemods.attention.rows import Rows, shown, soft_capped, wide
+from ropemods.attention.rows import Rows, scaled_column, shown, soft_capped, wide
+from ropemods.attention.slots import together
+from ropemods.attention.terms import KeyBias, RowScale
 from ropemods.leakage.logits import NEGLIGIBLE, banded_logits, grid_logits
 from ropemods.leakage.mask import interpolation
 from ropemods.leakage.protocol import Protocol
@@ -46,9 +47,10 @@ class Whole(NamedTuple):
 
 def local(rows: Rows, lse_BHT: Tensor, protocol: Protocol) -> Local:
     band_BHTW = banded_logits(rows.q_BHTD, rows.k_BGSD, scale=rows.scale, window=protocol.window, softcap=rows.softcap)
-    if rows.beta_BHT is not None:
-        band_BHTW.mul_(rows.beta_BHT[..., None])
-    return Local(band_BHTW, lse_BHT)
+    keys_TW = torch.arange(band_BHTW.shape[2], device=lse_BHT.device)[:, None] - torch.arange(
+        protocol.window, device=lse_BHT.device
+    )
+    return Local(_with_terms(rows, band_BHTW, keys_TW, slice(None)), lse_BHT)
 
 
 def whole(rows: Rows, lse_BHT: Tensor, protocol: Protocol) -> Whole:
@@ -56,9 +58,9 @@ def whole(rows: Rows, lse_BHT: Tensor, protocol: Protocol) -> Whole:
     first_BHT = _columns(rows, slice(1, 2))[..., 0]
     grid = protocol.grid()
     rows_BHRS = grid_rows(rows, bos_BHT, grid)
-    extra_BHR = None
-    if rows.sink_H is not None:
-        extra_BHR = rows.sink_H.to(rows_BHRS.dtype)[:, None].expand(rows_BHRS.shape[:3])
+    extra_BHR, joined = None, together(rows.slots, rows.q_BHTD, rows_BHRS.dtype)
+    if joined is not None:
+        extra_BHR = joined.logit_NBHT[..., list(grid)].logsumexp(0)
     return Whole(
         bos_mass_BHT=_mass(bos_BHT, lse_BHT, _sees(rows, 0)),
         bos_logit_BHT=bos_BHT,
@@ -71,12 +73,13 @@ def whole(rows: Rows, lse_BHT: Tensor, protocol: Protocol) -> Whole:
 
 def bos_logit(rows: Rows) -> Tensor:
     """The logit of column 0 for each query, with the log of its weight: −inf where it is closed (B, H, T)."""
-    if rows.bos is None:
+    column = scaled_column(rows)
+    if column is None:
         return _columns(rows, slice(0, 1))[..., 0]
-    logit_BHT = rows.bos.logit_BHT
-    if rows.beta_BHT is not None and not rows.beta_spares_bos:
-        logit_BHT = logit_BHT * rows.beta_BHT.to(logit_BHT.dtype)
-    return logit_BHT + rows.bos.log_weight_BT(logit_BHT.dtype)[:, None]
+    rest = rows._replace(row_scale=None)
+    first_T1 = torch.zeros(column.logit_BHT.shape[2], 1, dtype=torch.long, device=column.logit_BHT.device)
+    logit_BHT = _with_terms(rest, column.logit_BHT[..., None].clone(), first_T1, slice(None))[..., 0]
+    return logit_BHT + column.log_weight_BT(logit_BHT.dtype)[:, None]
 
 
 def bos_mass(rows: Rows, lse_BHT: Tensor) -> Tensor:
@@ -88,9 +91,9 @@ def grid_rows(rows: Rows, bos_BHT: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Whole rows of logits of the queries in `grid`, −inf on hidden keys (B, H, R, S)."""
     at = list(grid)
     rows_BHRS = grid_logits(rows.q_BHTD, rows.k_BGSD, rows=at, scale=rows.scale, softcap=rows.softcap)
-    if rows.beta_BHT is not None:
-        rows_BHRS.mul_(rows.beta_BHT[:, :, at, None].to(rows_BHRS.dtype))
-    if rows.bos is not None or rows.beta_BHT is not None:
+    keys_RS = torch.arange(rows_BHRS.shape[3], device=bos_BHT.device).expand(len(at), -1)
+    rows_BHRS = _with_terms(rows, rows_BHRS, keys_RS, at)
+    if rows.names() - {"Slot"}:
         rows_BHRS[..., 0] = bos_BHT[:, :, at]
     if rows.mask is not None:
         rows_BHRS.masked_fill_(~shown(rows.mask[..., at, :]), -torch.inf)
@@ -99,20 +102,24 @@ def grid_rows(rows: Rows, bos_BHT: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def part(rows: Rows, chosen: slice) -> Rows:
     """Some sequences of the batch."""
-    bos, mask = rows.bos, rows.mask
-    if bos is not None:
-        bos = bos._replace(
-            is_bos_BS=_some(bos.is_bos_BS, chosen),
-            is_self_BT=_some(bos.is_self_BT, chosen),
-            logit_BHT=bos.logit_BHT[chosen],
+    column, mask, row_scale = rows.column, rows.mask, rows.row_scale
+    if column is not None:
+        column = column._replace(
+            is_bos_BS=_some(column.is_bos_BS, chosen),
+            is_self_BT=_some(column.is_self_BT, chosen),
+            logit_BHT=column.logit_BHT[chosen],
         )
+    if row_scale is not None:
+        row_scale = RowScale(*(None if x is None else x[chosen] for x in row_scale))
     return rows._replace(
         q_BHTD=rows.q_BHTD[chosen],
         k_BGSD=rows.k_BGSD[chosen],
         v_BGSD=rows.v_BGSD[chosen],
         mask=None if mask is None else _some(mask, chosen),
-        bos=bos,
-        beta_BHT=None if rows.beta_BHT is None else rows.beta_BHT[chosen],
+        column=column,
+        row_scale=row_scale,
+        key_bias=None if rows.key_bias is None else KeyBias(_some(rows.key_bias.bias_BHS, chosen)),
+        slots=tuple(s._replace(logit=s.logit[chosen]) if s.logit.ndim == 3 else s for s in rows.slots),
     )
 
 
@@ -145,13 +152,29 @@ def _some(x_B: Tensor, chosen: slice) -> Tensor:
 
 
 def _columns(rows: Rows, keys: slice) -> Tensor:
-    """Logits of a few keys for every query, tempered, before the mask (B, H, T, keys)."""
+    """Logits of a few keys for every query, before the mask (B, H, T, keys)."""
     (B, H, T, D), G = rows.q_BHTD.shape, rows.k_BGSD.shape[1]
     dtype = wide(rows.q_BHTD.dtype)
     q_BGmD = rows.q_BHTD.to(dtype).reshape(B, G, H // G * T, D)
     s_BHTk = torch.matmul(q_BGmD, rows.k_BGSD[:, :, keys].to(dtype).mT).view(B, H, T, -1) * rows.scale
     s_BHTk = soft_capped(s_BHTk, rows.softcap)
-    return s_BHTk if rows.beta_BHT is None else s_BHTk * rows.beta_BHT[..., None].to(dtype)
+    keys_Tk = torch.arange(rows.k_BGSD.shape[2], device=s_BHTk.device)[keys].expand(T, -1)
+    return _with_terms(rows, s_BHTk, keys_Tk, slice(None))
+
+
+def _with_terms(rows: Rows, s_BHRk: Tensor, keys_Rk: Tensor, at: slice | list[int]) -> Tensor:
+    """Logits of some keys for the queries `at`, worked on in place, as the terms of their rows leave them."""
+    if rows.offset_bias is not None:
+        queries_R1 = torch.arange(rows.q_BHTD.shape[2], device=s_BHRk.device)[at, None]
+        offsets_Rk = (queries_R1 - keys_Rk).clamp(min=0)
+        s_BHRk.mul_(rows.offset_bias.scale_HO[:, offsets_Rk].to(s_BHRk.dtype))
+    if rows.row_scale is not None:
+        s_BHRk.mul_(rows.row_scale.beta_BHT[:, :, at, None].to(s_BHRk.dtype))
+    if rows.offset_bias is not None:
+        s_BHRk.add_(rows.offset_bias.bias_HO[:, offsets_Rk].to(s_BHRk.dtype))
+    if rows.key_bias is not None:
+        s_BHRk.add_(rows.key_bias.bias_BHS[..., keys_Rk.clamp(min=0)].to(s_BHRk.dtype))
+    return s_BHRk
 
 
 def _sees(rows: Rows, key: int) -> Tensor:

@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ropemods.attention import autocast, eager, sdpa
 from ropemods.attention.rows import Rows, shown
-from ropemods.model.attention_layers import AttentionSite, site_of
+from ropemods.attention.terms import Slot
+from ropemods.model.attention_layers import HIDDEN, AttentionSite, site_of
 from ropemods.model.layer_losses import PASS, Pass
 from ropemods.model.model_inputs import BOS, SHARED
 from ropemods.mods.base import Call
@@ -66,7 +67,7 @@ class Asked:
     @property
     def own_options(self) -> dict[str, Any]:
         """What the layer said beside q, k and v, without what ropemods put in."""
-        own = {name: value for name, value in self.options.items() if name not in (BOS, SHARED)}
+        own = {name: value for name, value in self.options.items() if name not in (BOS, SHARED, HIDDEN)}
         mask = self.mask
         if mask is not None and mask.dtype in (torch.float16, torch.bfloat16):
             mask = mask.float()
@@ -201,7 +202,7 @@ def _attention(
     for listener in () if site is None else site.listeners:
         options = {"scaling": scaling, "dropout": dropout} | kwargs
         listener(Asked(backend, module, query, key, value, attention_mask, options))
-    bos, shared = kwargs.pop(BOS, None), kwargs.pop(SHARED, None)
+    bos, shared, hidden = kwargs.pop(BOS, None), kwargs.pop(SHARED, None), kwargs.pop(HIDDEN, None)
     if site is None or not (site.active or site.observers):
         own = stock(backend, module)
         if this is not None:
@@ -223,13 +224,13 @@ def _attention(
             dropout=dropout,
             **kwargs,
         )
-        call = site.call(bos, rows.k_BGSD.shape[2], shared)
+        call = site.call(bos, rows.k_BGSD.shape[2], shared, hidden)
         if site.active:
             rows = module.ropemods(rows, call)
         if this is not None:
             attend = eager if backend == "eager" else sdpa
             rows = this.through(module, attend.tempered(rows))
-        return _attend(backend, site, rows, call, training=module.training)
+        return _attend(backend, module, rows, call)
 
 
 @torch.compiler.disable
@@ -274,23 +275,23 @@ def rows_of(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         dropout=dropout,
-        sink_H=_native_sink(backend, module, kwargs),
+        slots=_native_slots(backend, module, kwargs),
     )
 
 
-def _native_sink(backend: str, module: nn.Module, options: dict[str, Any]) -> Tensor | None:
+def _native_slots(backend: str, module: nn.Module, options: dict[str, Any]) -> tuple[Slot, ...]:
     """The model's own sinks, one a head: handed over, or read from the layer by its eager function."""
     sinks = options.get("s_aux")
     if sinks is None and backend == "eager":
         sinks = getattr(module, "sinks", None)
-    return sinks
+    return () if sinks is None else (Slot(sinks),)
 
 
-def _attend(
-    backend: str, site: AttentionSite, rows: Rows, call: Call, *, training: bool
-) -> tuple[Tensor, Tensor | None]:
+def _attend(backend: str, module: nn.Module, rows: Rows, call: Call) -> tuple[Tensor, Tensor | None]:
+    site = site_of(module)
+    assert site is not None
     attend = eager if backend == "eager" else sdpa
-    if backend != "eager" and rows.temperature is not None and _weighs(rows.mask):
+    if backend != "eager" and rows.entropy_scale is not None and _weighs(rows.mask):
         # The fused entropy knows a mask that hides keys, not one that adds to their logits.
         rows = eager.tempered(rows)
     if site.observers:
@@ -298,12 +299,14 @@ def _attend(
     want_lse = any(wanted for _, wanted in site.observers)
     weights = None
     if backend == "eager":
-        out, weights, lse = eager.attend(rows, training=training)
+        out, weights, lse = eager.attend(rows, training=module.training)
     else:
         out, lse = sdpa.attend(rows, want_lse=want_lse)
     for observer, _ in site.observers:
         change = observer(site, rows, call, lse)
         out = out if change is None else out + change
+    if site.active:
+        out = module.ropemods(out, call, place="output")
     return out.transpose(1, 2).contiguous(), weights
 
 

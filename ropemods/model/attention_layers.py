@@ -30,9 +30,9 @@ class Stages(nn.Module):
             assert isinstance(stage, Stage)
             yield kind, stage
 
-    def forward(self, value, *context):
+    def forward(self, value, *context, place: str = "rows"):
         for stage in self.children():
-            if stage.active:
+            if stage.active and stage.place == place:
                 value = stage(value, *context)
         return value
 
@@ -60,13 +60,15 @@ class AttentionSite:
     observers: list[tuple[Callable[..., Any], bool]] = dataclasses.field(default_factory=list)
     """Shown the rows of every call, and whether each wants to know the rows' denominators (`interface.observed`)."""
 
-    def call(self, bos: Bos | None, keys: int, shared: dict[str, Tensor] | None) -> Call:
+    def call(
+        self, bos: Bos | None, keys: int, shared: dict[str, Tensor] | None, hidden_BTC: Tensor | None = None
+    ) -> Call:
         inv_freq = None
         if self.table is not None and self.layout is not None:
             live = self.table.live()
             inv_freq = live if self.direction > 0 else -live
         if bos is None:
-            return Call(inv_freq_F=inv_freq, layout=self.layout, shared=shared or {})
+            return Call(inv_freq_F=inv_freq, layout=self.layout, shared=shared or {}, hidden_BTC=hidden_BTC)
         # Once a windowed cache has begun to forget, the keys are the last of the tokens seen.
         forgotten = bos.seen - keys
         forgotten = forgotten.clamp(min=0) if isinstance(forgotten, Tensor) else max(forgotten, 0)
@@ -77,6 +79,7 @@ class AttentionSite:
             inv_freq_F=inv_freq,
             layout=self.layout,
             shared=shared or {},
+            hidden_BTC=hidden_BTC,
         )
 
 
@@ -121,6 +124,25 @@ def heads_of(layer: nn.Module) -> int:
         if isinstance(getattr(layer, name, None), int):
             return getattr(layer, name)
     return layer.config.num_attention_heads  # type: ignore[union-attr]
+
+
+def head_dim_of(layer: nn.Module) -> int:
+    """Channels of a head's value, and so of its output; what the dry run sees is held against it."""
+    for name in ("v_head_dim", "head_dim", "head_size"):
+        if isinstance(getattr(layer, name, None), int):
+            return getattr(layer, name)
+    config = layer.config
+    return getattr(config, "head_dim", None) or config.hidden_size // heads_of(layer)  # type: ignore[union-attr]
+
+
+HIDDEN = "ropemods_hidden"
+"""The keyword under which an attention layer hands what it was given down to its attention function."""
+
+
+def hand_down(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    """A forward pre-hook of attention layers."""
+    hidden_BTC = args[0] if args else keywords["hidden_states"]
+    return args, keywords | {HIDDEN: hidden_BTC}
 
 
 def prepare_sites(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -78,7 +78,7 @@ def plan(
 
 def read(rows: Rows, plan: Plan) -> Read:
     row_N1, query_NQ, key_NC = plan.row_N1, plan.query_NQ, plan.key_NC
-    beta_BHT = rows.beta_BHT
+    beta_BHT = None if rows.row_scale is None else rows.row_scale.beta_BHT
     return Read(
         rows.q_BHTD[row_N1, :, query_NQ],
         rows.k_BGSD[row_N1, :, key_NC],

@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from ropemods.attention import eager
 from ropemods.attention.rows import Rows, shown
 from ropemods.model import attention_function, rope_tables
-from ropemods.model.attention_layers import Stages, attention_layers
+from ropemods.model.attention_layers import HIDDEN, Stages, attention_layers
 from ropemods.model.model_inputs import BOS, SHARED, carry
 from ropemods.model.partition import gathered_in_turn, home
 from ropemods.model.rope_tables import Table
 from ropemods.model.short_pass import in_full_precision, quietly
-from ropemods.mods.base import Call, Mod, with_bos_column
+from ropemods.mods.base import Call, Mod
+from ropemods.mods.bos_column import with_bos_column
 
 TOKENS = 8
 TOLERANCE = 1e-3
@@ -167,11 +168,13 @@ def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dic
     """That no two modifications set the same of a row, where the later would undo the earlier."""
     site = module.ropemods_site
     rows = attention_function.rows_of(asked.backend, module, *asked.inputs, **asked.own_options)
-    call = site.call(asked.options.get(BOS), rows.k_BGSD.shape[2], shared)
+    call = site.call(asked.options.get(BOS), rows.k_BGSD.shape[2], shared, asked.options.get(HIDDEN))
     if call.bos_column_BN is not None:
         rows = with_bos_column(rows, call)  # at its own logit, so that every other is some stage's
     setters: dict[str, str] = {}
     for kind, stage in module.ropemods.stages():
+        if stage.place != "rows":  # those of outputs act one on the other's, as they are listed
+            continue
         before = _set_once(rows)
         stage.set_strength(1.0)
         try:
@@ -190,11 +193,10 @@ def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dic
 
 
 def _set_once(rows: Rows) -> dict[str, Any]:
-    """What of a row has one value; sinks and the weight of the BOS column add up, whoever comes first."""
+    """What of a row has one value; all other terms compose, whoever comes first."""
     return {
-        "the temperature": rows.temperature,
-        "the factor on the logits": rows.beta_BHT,
-        "the logit of BOS": None if rows.bos is None else rows.bos.logit_BHT,
+        "the factor read off the entropy": rows.entropy_scale,
+        "the logit of BOS": None if rows.column is None else rows.column.logit_BHT,
     }
 
 

@@ -66,11 +66,11 @@ class Pass:
                 self.seen[layer] = deviations.read(rows, self.plan)
         if self.mean_LHEW is None:
             return rows
-        if rows.beta_BHT is None:
+        if rows.row_scale is None:
             q_BHTD, k_BGSD = _Layer.apply(self, layer, rows.q_BHTD, rows.k_BGSD)
             return rows._replace(q_BHTD=q_BHTD, k_BGSD=k_BGSD)
-        q_BHTD, k_BGSD, beta_BHT = _Layer.apply(self, layer, rows.q_BHTD, rows.k_BGSD, rows.beta_BHT)
-        return rows._replace(q_BHTD=q_BHTD, k_BGSD=k_BGSD, beta_BHT=beta_BHT)
+        q_BHTD, k_BGSD, beta_BHT = _Layer.apply(self, layer, rows.q_BHTD, rows.k_BGSD, rows.row_scale.beta_BHT)
+        return rows._replace(q_BHTD=q_BHTD, k_BGSD=k_BGSD, row_scale=rows.row_scale._replace(beta_BHT=beta_BHT))
 
     @torch.no_grad()
     def deviations(self) -> Tensor:

@@ -24,8 +24,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ropemods.attention.rows import Rows, Temperature
-from ropemods.mods.base import Call, Mod, Site, Stage, with_bos_column
+from ropemods.attention.plain_row import PlainRow
+from ropemods.attention.rows import Rows
+from ropemods.attention.terms import EntropyScale
+from ropemods.mods.base import Call, Mod, Site, Stage
+from ropemods.mods.bos_column import with_bos_column
 
 PUBLISHED = (-0.037, 0.481, -2.3, 4.917, -1.791)
 """Highest power first."""
@@ -115,6 +118,11 @@ class TemperatureStage(Stage):
         return self
 
     def forward(self, rows: Rows, call: Call) -> Rows:
+        if self.mod.spare_bos:
+            rows = with_bos_column(rows, call)
+        return rows.plus(self.rule(call))
+
+    def rule(self, call: Call) -> EntropyScale:
         if self.mod.trainable == "shared":
             offsets = call.shared[self.mod.kind]
         else:
@@ -122,16 +130,10 @@ class TemperatureStage(Stage):
         coefficients = self.published
         if offsets is not None:
             coefficients = coefficients + offsets * self.unit
-        if self.mod.spare_bos:
-            rows = with_bos_column(rows, call)
-        return rows._replace(
-            temperature=Temperature(
-                coefficients_HC=coefficients,
-                strength=self.strength,
-                hold_from=self.hold_from,
-                spare_bos=self.mod.spare_bos,
-            )
-        )
+        return EntropyScale(coefficients, self.strength, self.hold_from, spares_column=self.mod.spare_bos)
+
+    def naive(self, row: PlainRow, call: Call) -> None:
+        self.rule(call).naive(row)
 
 
 class SharedOffsets(Stage):

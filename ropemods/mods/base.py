@@ -1,11 +1,12 @@
 """What a modification is: a frozen description, and the stages that act for it at run time.
 
-A `Mod` is data: validated when made, written to JSON, compared by value. It may act in three places, and implements
+A `Mod` is data: validated when made, written to JSON, compared by value. It may act in these places, and implements
 the method of each place it acts in:
 
-- `frequencies`    on the rotary frequencies of the model,
-- `stage`          on the softmax rows of one attention layer (`ropemods.attention.rows`),
-- `embedding_stage` on the output of the input embedding.
+- `frequencies`     on the rotary frequencies of the model,
+- `embedding_stage` on the output of the input embedding,
+- `stage`           on one attention layer: its stage adds terms to softmax rows (`ropemods.attention.terms`), or it
+                    changes the heads' output.
 
 A `Stage` is a small torch module that owns what trains and a strength from 0 (the stock model) to 1 (the full
 modification). At exactly 0 it is inactive and is not called at all.
@@ -16,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ropemods.attention.rows import BosColumn, Rows, dot_with_bos, soft_capped
+from ropemods.attention.plain_row import PlainRow
+from ropemods.attention.rows import Rows
 from ropemods.mods.values import held_to
 
 
@@ -47,6 +49,8 @@ class Call(NamedTuple):
     inv_freq_F: Tensor | None = None
     layout: Layout | None = None
     shared: dict[str, Tensor] = {}
+    hidden_BTC: Tensor | None = None
+    """What the layer was given, where a stage of it `needs_hidden`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +67,19 @@ class Site(NamedTuple):
 
     layer: int
     heads: int
+    head_dim: int
+    """Of values, which is that of the heads' output."""
+    hidden: int
+    """Channels of what the layer is given."""
 
 
 class Stage(nn.Module):
-    """A modification at work in one place. Subclasses define `forward(value, call)`."""
+    """A modification at work in one place. Subclasses define `forward(value, call)`; those of attention layers, what
+    they do to one row in `naive` as well, which is what they are tested against."""
 
     strength: Tensor
+    place: ClassVar[Literal["rows", "output"]] = "rows"
+    """Of an attention layer's stage: whether `forward` is given rows or the heads' output (B, H, T, D)."""
     since_version: ClassVar[dict[str, int]] = {}
     """Buffers that only checkpoints from some version of the record on have; read from older ones, they are zero."""
 
@@ -106,6 +117,10 @@ class Stage(nn.Module):
         self.strength = self.strength.to(torch.float32)
         self.set_strength(self.alpha)
         return self
+
+    def naive(self, row: PlainRow, call: Call) -> None:
+        """What it does to one row that is written out, its output included."""
+        raise NotImplementedError(f"{type(self).__name__}.naive: what it does to one row, by the formula")
 
     def calibrate(self, rows: Rows, call: Call) -> None:
         """Choose initial values from a batch that the stock model has read; most stages have none to choose."""
@@ -165,6 +180,11 @@ class Mod:
         return False
 
     @property
+    def needs_hidden(self) -> bool:
+        """Whether its stage reads what its attention layer is given."""
+        return False
+
+    @property
     def adds_sink(self) -> bool:
         """Whether the stage adds to the softmax's denominator, for which fused kernels have no dropout."""
         return False
@@ -220,14 +240,14 @@ class Mod:
         shown = [f"{k}={v!r}" for k, v in values.items() if k in self.always_shown or v != defaults[k]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    # The three places. A modification overrides those it acts in.
+    # The places. A modification overrides those it acts in.
 
     def frequencies(self, inv_freq_F: Tensor, alpha: float) -> Tensor:
         """The rotary frequencies at strength alpha."""
         return inv_freq_F
 
     def stage(self, site: Site) -> Stage | None:
-        """The stage for one attention layer; None when the modification does not act on softmax rows."""
+        """The stage for one attention layer; None when the modification does not act there."""
         return None
 
     def shared_stage(self) -> Stage | None:
@@ -248,34 +268,3 @@ def edited(inv_freq_F: Tensor, edits: Edits) -> Tensor:
     for mod, alpha in edits:
         inv_freq_F = mod.frequencies(inv_freq_F, alpha)
     return inv_freq_F
-
-
-def with_bos_column(rows: Rows, call: Call) -> Rows:
-    """`rows` with the BOS column scored apart, at its natural logit where no earlier stage has scored it."""
-    if rows.bos is not None:
-        return rows
-    if call.bos_column_BN is None or call.bos_is_self_BT is None:
-        raise RuntimeError(
-            "an attention layer was not told where its BOS tokens are: the model does not hand keyword arguments "
-            "down to its attention layers, or the layer was called on its own; call the whole model"
-        )
-    column_BN, keys = call.bos_column_BN, rows.k_BGSD.shape[2]
-    batch = rows.q_BHTD.shape[0]
-    # A BOS that has left the cache (a negative column) is marked one past the end, which is then cut off.
-    marks = torch.zeros(batch, keys + 1, dtype=torch.bool, device=column_BN.device)
-    marks = marks.scatter(1, torch.where(column_BN < 0, keys, column_BN).expand(batch, -1), True)
-    bos = BosColumn(
-        is_bos_BS=marks[:, :keys],
-        is_self_BT=call.bos_is_self_BT,
-        logit_BHT=soft_capped(dot_with_bos(rows.q_BHTD, bos_key(rows, call), rows.scale), rows.softcap),
-        log_weight=torch.zeros((), device=rows.q_BHTD.device),
-    )
-    return rows._replace(bos=bos)
-
-
-def bos_key(rows: Rows, call: Call) -> Tensor:
-    """The key of each query's BOS (B, G, N, D)."""
-    batch, groups, _, dim = rows.k_BGSD.shape
-    assert call.bos_column_BN is not None
-    index = call.bos_column_BN.clamp(min=0)[:, None, :, None].expand(batch, groups, -1, dim)
-    return rows.k_BGSD.gather(2, index)

@@ -19,14 +19,18 @@ Cost: one elementwise pass over the output, and eight more channels a head where
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ropemods.attention import eager
+from ropemods.attention.plain_row import PlainRow
 from ropemods.attention.rows import Rows, wide
-from ropemods.mods.base import Call, Mod, Site, Stage, with_bos_column
+from ropemods.attention.terms import Slot
+from ropemods.mods.base import Call, Mod, Site, Stage
+from ropemods.mods.bos_column import with_bos_column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +98,17 @@ class LearnedSinkStage(Stage):
 
     def forward(self, rows: Rows, call: Call) -> Rows:
         strength = self.strength.to(wide(rows.q_BHTD.dtype))
-        sink_H = self.sink_H(strength.dtype) + strength.log()
-        if rows.sink_H is not None:  # a sink of the model's own
-            sink_H = torch.logaddexp(sink_H, rows.sink_H.to(sink_H.dtype))
-        rows = rows._replace(sink_H=sink_H)
+        rows = rows.plus(Slot(self.sink_H(strength.dtype) + strength.log()))
         if self.mod.read_bos:
             return rows
         rows = with_bos_column(rows, call)
-        assert rows.bos is not None
-        return rows._replace(bos=rows.bos._replace(log_weight=rows.bos.log_weight + torch.log1p(-strength)))
+        assert rows.column is not None
+        return rows.plus(rows.column._replace(log_weight=rows.column.log_weight + torch.log1p(-strength)))
+
+    def naive(self, row: PlainRow, call: Call) -> None:
+        row.slots.append((self.sink_H(torch.float64)[row.at[1]] + math.log(self.alpha), None))
+        if not self.mod.read_bos and not row.is_bos:
+            row.bos_log_weight = row.bos_log_weight + torch.log1p(torch.tensor(-self.alpha, dtype=torch.float64))
 
     def sink_H(self, dtype: torch.dtype) -> Tensor:
         """The logit of each head at strength 1."""
@@ -113,10 +119,10 @@ class LearnedSinkStage(Stage):
         if self.mod.init != "calibrated":
             return
         rows = with_bos_column(rows, call)
-        assert rows.bos is not None
-        later = ~rows.bos.is_self_BT[:, None, :]
+        assert rows.column is not None
+        later = ~rows.column.is_self_BT[:, None, :]
         _, _, log_all = eager.attend(rows)
-        _, _, log_rest = eager.attend(rows._replace(bos=rows.bos.closed()))
+        _, _, log_rest = eager.attend(rows._replace(column=rows.column.closed()))
         seen = later & log_rest.isfinite()
         bos_mass = -torch.expm1(torch.where(seen, log_rest - log_all, 0.0))
         beside = log_all if self.mod.read_bos else log_rest

@@ -18,8 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ropemods.attention.plain_row import PlainRow, rotate
 from ropemods.attention.rows import Rows, dot_with_bos, soft_capped, wide
-from ropemods.mods.base import Call, Layout, Mod, Site, Stage, bos_key, with_bos_column
+from ropemods.mods.base import Call, Layout, Mod, Site, Stage
+from ropemods.mods.bos_column import bos_key, with_bos_column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,22 @@ class UnrotatedBos(Mod):
 class UnrotatedBosStage(Stage):
     def forward(self, rows: Rows, call: Call) -> Rows:
         rows = with_bos_column(rows, call)
-        assert rows.bos is not None and call.bos_distance_BT is not None
+        assert rows.column is not None and call.bos_distance_BT is not None
         assert call.inv_freq_F is not None and call.layout is not None
         dtype = wide(rows.q_BHTD.dtype)
         turn = self.strength.to(dtype) * call.bos_distance_BT.to(dtype)
         angle_BTF = turn.unsqueeze(-1) * call.inv_freq_F.to(dtype)
         q_BHTD = turned_back(rows.q_BHTD.to(dtype), angle_BTF.unsqueeze(1), call.layout)
         logit = soft_capped(dot_with_bos(q_BHTD, bos_key(rows, call), rows.scale), rows.softcap)
-        return rows._replace(bos=rows.bos._replace(logit_BHT=logit))
+        return rows.plus(rows.column._replace(logit_BHT=logit))
+
+    def naive(self, row: PlainRow, call: Call) -> None:
+        assert call.bos_distance_BT is not None and call.inv_freq_F is not None
+        if row.bos is None:
+            return
+        angle_F = -self.alpha * call.bos_distance_BT[row.at[::2]].double() * call.inv_freq_F.double()
+        turned_D = rotate(row.query_D, angle_F, call.layout)
+        row.bos_logit = row.capped(row.scale * (turned_D * row.keys_ND[row.bos]).sum())
 
 
 def turned_back(x: Tensor, angle: Tensor, layout: Layout) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropemods.attention import cpu_decode, eager, sdpa
 from ropemods.attention.rows import Rows
+from ropemods.attention.terms import Slot
 from tests.attention.test_rows import cases, problem
 
 
@@ -31,7 +32,7 @@ def widened(rows: Rows) -> Rows:
 )
 def test_rows_and_denominators_equal_fp64(case, queries, past, known, biased, softcap, dtype) -> None:
     mask = "biased" if biased else case["mask"]
-    rows, _ = problem(case | {"queries": queries, "past": past, "mask": mask}, dtype)
+    rows = problem(case | {"queries": queries, "past": past, "mask": mask}, dtype)
     rows = rows._replace(softcap=softcap)
     rows = eager.tempered(rows) if known else rows
     with torch.no_grad():
@@ -79,10 +80,10 @@ def test_where_there_are_gradients_others_run() -> None:
     q, k, v = (torch.randn(1, 2, keys, 16) for keys in (1, 20, 20))
     rows = Rows(q, k, v, mask=None, causal=False, scale=0.25)
     assert cpu_decode.fits(rows) and not cpu_decode.fits(rows._replace(q_BHTD=q.clone().requires_grad_()))
-    assert not cpu_decode.fits(rows._replace(sink_H=torch.zeros(2, requires_grad=True)))
+    assert not cpu_decode.fits(rows._replace(slots=(Slot(torch.zeros(2, requires_grad=True)),)))
     assert not cpu_decode.fits(rows._replace(dropout=0.1))
     sink = torch.zeros(2, requires_grad=True)
-    sdpa.attend(rows._replace(sink_H=sink))[0].sum().backward()
+    sdpa.attend(rows._replace(slots=(Slot(sink),)))[0].sum().backward()
     assert sink.grad is not None and sink.grad.abs().sum() > 0
 
 
@@ -92,17 +93,17 @@ def test_nan_stays_in_its_row_and_rows_that_see_nothing_are_zero() -> None:
     mask = torch.ones(1, 1, 4, 20, dtype=torch.bool)
     mask[:, :, 0] = False
     case = {"batch": 1, "groups": 1, "repeats": 2, "queries": 4, "past": 0, "dim": 16, "mask": "causal",
-            "magnitude": 1.0, "bos": "none", "temperature": "all", "sink": False, "seed": 0}  # fmt: skip
-    rule = problem(case, torch.float32)[0].temperature
-    out, log_z = cpu_decode.attend(Rows(q, k, v, mask=mask, causal=False, scale=0.25, temperature=rule))
+            "magnitude": 1.0, "bos": "none", "temperature": "all", "slots": "", "seed": 0}  # fmt: skip
+    rule = problem(case, torch.float32).entropy_scale
+    out, log_z = cpu_decode.attend(Rows(q, k, v, mask=mask, causal=False, scale=0.25, entropy_scale=rule))
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 1, 2]]
     assert (out[:, :, 0] == 0).all() and (log_z[:, :, 0] == float("-inf")).all()
 
 
 def test_opcheck_and_a_whole_compilation() -> None:
     case = {"batch": 1, "groups": 1, "repeats": 2, "queries": 1, "past": 9, "dim": 16, "mask": "padded",
-            "magnitude": 1.0, "bos": "closed", "temperature": "spare", "sink": True, "seed": 0}  # fmt: skip
-    rows, _ = problem(case, torch.float32)
+            "magnitude": 1.0, "bos": "closed", "temperature": "spare", "slots": "sink", "seed": 0}  # fmt: skip
+    rows = problem(case, torch.float32)
     recorded = []
     with pytest.MonkeyPatch.context() as patched:
         operator = cpu_decode._attend_few

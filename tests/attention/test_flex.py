@@ -15,7 +15,7 @@ from tests.attention.test_triton_attend import DEVICE, assert_equal, everything,
 
 CASE = {
     "batch": 2, "groups": 1, "repeats": 2, "queries": 40, "past": 0, "dim": 16, "mask": "causal", "magnitude": 1.0,
-    "bos": "weighted", "temperature": "spare", "sink": True, "seed": 5,
+    "bos": "weighted", "temperature": "spare", "slots": "sink", "seed": 5,
 }  # fmt: skip
 
 
@@ -25,12 +25,12 @@ CASE = {
         {},
         {"temperature": "all", "bos": "rescored", "mask": "padded"},
         {"temperature": "all", "bos": "none", "mask": "additive", "queries": 7, "past": 3},
-        {"temperature": None, "bos": "closed", "mask": "window", "sink": False},
+        {"temperature": None, "bos": "closed", "mask": "window", "slots": ""},
     ],
     ids=str,
 )
 def test_rows_and_denominators_equal_those_of_eager(change: dict) -> None:
-    rows, _ = problem(CASE | change, torch.float32)
+    rows = problem(CASE | change, torch.float32)
     with torch.no_grad():
         out, log_z = flex.attend(rows, compiled=False)
         wanted, _, wanted_log_z = eager.attend(rows)
@@ -51,7 +51,7 @@ def test_blocks_of_causal_rows(queries: int) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch compiles it for CPUs without the log-sum-exp")
 @pytest.mark.parametrize("mask", ["causal", "padded"])
 def test_compiled_it_is_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = problem(CASE | {"mask": mask}, torch.float32)
+    rows = problem(CASE | {"mask": mask}, torch.float32)
     monkeypatch.setenv(paths.VARIABLE, "flex")
     ours, _ = moved(rows, torch.float32)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_compiled_it_is_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch has no backward of FlexAttention for CPUs")
 def test_gradients_equal_those_of_eager() -> None:
-    rows, _ = problem(CASE, torch.float32)
+    rows = problem(CASE, torch.float32)
     ours, leaves = moved(rows, torch.float32)
     exact, wide_leaves = moved(rows, torch.float64)
     assert_equal(everything(flex.attend, ours, leaves), everything(eager.attend, exact, wide_leaves), 1e-4)
@@ -74,13 +74,13 @@ def test_gradients_equal_those_of_eager() -> None:
     ],
 )
 def test_what_it_cannot_do_names_what_can(change: dict, message: str) -> None:
-    rows, _ = problem(CASE, torch.float32)
+    rows = problem(CASE, torch.float32)
     with pytest.raises(ValueError, match=message):
         flex.attend(rows._replace(**change), compiled=False)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of CPUs")
 def test_on_a_cpu_a_backward_is_refused() -> None:
-    ours, _ = moved(problem(CASE, torch.float32)[0], torch.float32)
+    ours, _ = moved(problem(CASE, torch.float32), torch.float32)
     with pytest.raises(ValueError, match=r"no backward on a CPU.*ROPEMODS_KERNEL=flash"):
         flex.attend(ours)

@@ -8,28 +8,30 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ropemods.attention import flash
+from ropemods.attention.slots import Slots
 
 ops = torch.ops.ropemods
 
 
 def inputs(
     dtype: torch.dtype = torch.float32, *, groups: int = 2, queries: int = 9, keys: int = 9
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and a sink, all with gradients."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and two slots' logits and values, all with gradients."""
     generator = torch.Generator().manual_seed(3)
-    shapes = (1, 4, queries, 8), (1, groups, keys, 8), (1, groups, keys, 8), (4,)
-    q, k, v, sink = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
-    return q, k, v, sink
+    shapes = (1, 4, queries, 8), (1, groups, keys, 8), (1, groups, keys, 8), (2, 1, 4, queries), (2, 4, 8)
+    q, k, v, logit, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+    return q, k, v, logit, value
 
 
 def hidden(queries: int, keys: int) -> Tensor:
     return torch.zeros(1, 1, queries, keys).masked_fill(torch.rand(queries, keys) < 0.3, float("-inf"))
 
 
-def tempered(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+def tempered(q: Tensor, k: Tensor, v: Tensor, logit: Tensor, value: Tensor) -> Tensor:
     """Both operators, one behind the other."""
     entropy = flash.row_entropy(q, k, mask=None, causal=True, scale=0.3)
-    out, _ = flash.attend_with_sink(q * entropy.unsqueeze(-1), k, v, sink, mask=None, causal=True, scale=0.3)
+    rows = q * entropy.unsqueeze(-1), k, v
+    out, _ = flash.attend_with_slots(*rows, Slots(logit, value), mask=None, causal=True, scale=0.3)
     return out
 
 
@@ -40,11 +42,11 @@ def gradients(function, *leaves: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck_finds_nothing(dtype: torch.dtype, masked: bool) -> None:
-    q, k, v, sink = inputs(dtype, keys=12 if masked else 9)
+    q, k, v, logit, value = inputs(dtype, keys=12 if masked else 9)
     rest = (hidden(9, 12).to(dtype) if masked else None, not masked, 0.3)
     torch.library.opcheck(ops.row_entropy, (q, k, *rest))
-    torch.library.opcheck(ops.attend_with_sink, (q, k, v, sink, *rest))
-    torch.library.opcheck(ops.attend_with_sink, (q, k, v, None, *rest))
+    for slots in ((logit, value), (logit, None), (None, None)):
+        torch.library.opcheck(ops.attend_with_slots, (q, k, v, *slots, *rest))
 
 
 def test_compiled_whole_it_gives_the_same_output_and_gradients() -> None:
@@ -68,9 +70,10 @@ def test_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(tempered, leaves)
 
 
-def test_a_sink_without_gradient_gets_none() -> None:
-    q, k, v, sink = inputs()
-    out, lse = flash.attend_with_sink(q, k, v, sink.detach(), mask=None, causal=True, scale=0.3)
+def test_slots_without_gradient_get_none() -> None:
+    q, k, v, logit, value = inputs()
+    slots = Slots(logit.detach(), value.detach())
+    out, lse = flash.attend_with_slots(q, k, v, slots, mask=None, causal=True, scale=0.3)
     assert out.requires_grad and not lse.requires_grad
 
 

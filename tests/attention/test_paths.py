@@ -14,7 +14,7 @@ from tests.attention.test_rows import problem
 CPU = torch.device("cpu")
 CASE = {
     "batch": 2, "groups": 1, "repeats": 2, "queries": 12, "past": 0, "dim": 16, "mask": "padded", "magnitude": 1.0,
-    "bos": "rescored", "temperature": "all", "sink": True, "seed": 5,
+    "bos": "rescored", "temperature": "all", "slots": "sink", "seed": 5,
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_what_cannot_run_is_an_error_that_names_what_can(asked, message, monkeyp
     with pytest.raises(ValueError, match=message):
         paths.chosen(CPU)
     with pytest.raises(ValueError, match=message):
-        sdpa.attend(problem(CASE, torch.float32)[0])
+        sdpa.attend(problem(CASE, torch.float32))
 
 
 @pytest.mark.parametrize("path", ["triton", "triton-rows"])
@@ -64,7 +64,7 @@ def test_on_cuda_our_kernels_run_where_they_can_and_only_when_asked_for(
 @pytest.mark.parametrize("mask", ["causal", "padded", "additive"])
 def test_every_path_gives_the_same_rows(path: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    rows, _ = problem(CASE | {"mask": mask}, torch.float32)
+    rows = problem(CASE | {"mask": mask}, torch.float32)
     by_flash = sdpa.attend(rows)[0]
     monkeypatch.setenv(paths.VARIABLE, path)
     torch.testing.assert_close(sdpa.attend(rows)[0], by_flash, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ropemods.attention import eager, reference, sdpa
-from ropemods.attention.rows import BosColumn, Rows, Temperature, dot_with_bos, wide
+from ropemods.attention.rows import Rows, dot_with_bos, wide
+from ropemods.attention.terms import Column, EntropyScale, KeyBias, OffsetBias, RowScale, Slot
 
 PATHS = {"eager": eager, "sdpa": sdpa}
 
@@ -27,14 +28,21 @@ cases = st.fixed_dictionaries(
         "magnitude": st.sampled_from([0.3, 1.0, 4.0]),
         "bos": st.sampled_from(["none", "rescored", "weighted", "closed"]),
         "temperature": st.sampled_from([None, "all", "spare"]),
-        "sink": st.booleans(),
+        "scaled": st.sampled_from([None, "all", "spare"]),
+        "slots": st.sampled_from(["", "sink", "row", "valued", "sink row valued"]),
         "seed": st.integers(0, 10**6),
     }
 )
 
 
-def problem(case: dict, dtype: torch.dtype) -> tuple[Rows, dict]:
-    """Random inputs rounded to `dtype`, and what the oracle wants to know of them."""
+CASE = {
+    "batch": 1, "groups": 1, "repeats": 2, "queries": 5, "past": 0, "dim": 8, "mask": "causal", "magnitude": 1.0,
+    "bos": "none", "temperature": None, "slots": "", "seed": 0,
+}  # fmt: skip
+
+
+def problem(case: dict, dtype: torch.dtype) -> Rows:
+    """Random inputs rounded to `dtype`."""
     generator = torch.Generator().manual_seed(case["seed"])
 
     def normal(*shape: int) -> Tensor:
@@ -63,67 +71,78 @@ def problem(case: dict, dtype: torch.dtype) -> tuple[Rows, dict]:
     logit = dot_with_bos(q, k_bos, scale) * (0.5 if case["bos"] != "none" else 1.0)
     weight = {"none": 1.0, "rescored": 1.0, "weighted": 0.3, "closed": 0.0}[case["bos"]]
     own = index.squeeze(1)[None] == bos
-    column = BosColumn(
+    column = Column(
         torch.zeros(batch, keys, dtype=torch.bool).scatter(1, bos, True),
         own,
         logit,
         torch.tensor(math.log(weight) if weight else -math.inf, dtype=torch.float64),
     )
     spare = case["temperature"] == "spare"
-    rule = Temperature(torch.tensor([reference.PAPER], dtype=torch.float64), torch.tensor(1.0), None, spare)
-    sink = normal(heads).to(wide(dtype)) if case["sink"] else None
+    rule = EntropyScale(torch.tensor([reference.PAPER], dtype=torch.float64), torch.tensor(1.0), None, spare)
+    beta = 1 + 0.3 * normal(batch, heads, queries).to(wide(dtype))
+    scale_of_rows = RowScale(beta, None if case.get("scaled") == "spare" else beta)
+    slots = {
+        "sink": Slot(normal(heads).to(wide(dtype))),
+        "row": Slot(normal(batch, heads, queries).to(wide(dtype))),
+        "valued": Slot(normal(batch, heads, queries).to(wide(dtype)), normal(heads, dim).to(wide(dtype))),
+    }
     with_column = case["bos"] != "none" or spare
-    rows = Rows(
+    return Rows(
         q,
         k,
         v,
         mask=mask,
         causal=causal,
         scale=scale,
-        bos=column if with_column else None,
-        temperature=rule if case["temperature"] else None,
-        sink_H=sink,
+        column=column if with_column else None,
+        entropy_scale=rule if case["temperature"] else None,
+        row_scale=scale_of_rows if case.get("scaled") else None,
+        slots=tuple(slots[name] for name in case["slots"].split()),
     )
-    asked = {
-        "visible_BTS": seen,
-        "scale": scale,
-        "bos_BT": bos if with_column else None,
-        "bos_logit_BHT": logit.double() if with_column else None,
-        "bos_weight_BT": torch.where(own, 1.0, torch.tensor(weight, dtype=torch.float64)) if with_column else None,
-        "sink_H": None if sink is None else sink.double(),
-        "temperature_rule": reference.temperature if case["temperature"] else None,
-        "spare_bos": spare,
-    }
-    return rows, asked
+
+
+def grown(rows: Rows, dtype: torch.dtype) -> tuple[Rows, list[Tensor]]:
+    """`rows` with what has gradients as leaves, in `dtype` or as wide as it is reasoned about in."""
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor | None, to: torch.dtype | None = None) -> Tensor | None:
+        if x is not None:
+            leaves.append(x.detach().to(to or wide(dtype)).requires_grad_())
+        return None if x is None else leaves[-1]
+
+    q, k, v = (leaf(x, dtype) for x in rows[:3])
+    slots = tuple(Slot(leaf(slot.logit), leaf(slot.value_HD)) for slot in rows.slots)
+    if rows.row_scale is not None:
+        beta = leaf(rows.row_scale.beta_BHT)
+        rows = rows._replace(row_scale=RowScale(beta, None if rows.row_scale.column_BHT is None else beta))
+    return rows._replace(q_BHTD=q, k_BGSD=k, v_BGSD=v, slots=slots), leaves
 
 
 def with_gradients(rows: Rows, attend, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients for q, k, v and the sink, in fp64."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in rows[:3]]
-    sink = None if rows.sink_H is None else rows.sink_H.detach().to(wide(dtype)).requires_grad_()
-    out = attend(rows._replace(q_BHTD=leaves[0], k_BGSD=leaves[1], v_BGSD=leaves[2], sink_H=sink))
+    """Output and gradients, in fp64."""
+    rows, leaves = grown(rows, dtype)
+    out = attend(rows)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    wanted = [*leaves, *([] if sink is None else [sink])]
-    grads = torch.autograd.grad((out.double() * weight).sum(), wanted)
+    grads = torch.autograd.grad((out.double() * weight).sum(), leaves)
     return [out.detach().double(), *[g.double() for g in grads]]
 
 
-def oracle(rows: Rows, asked: dict) -> list[Tensor]:
-    def attend(wide_rows: Rows) -> Tensor:
-        sink = {} if wide_rows.sink_H is None else {"sink_H": wide_rows.sink_H}
-        return reference.attention(*wide_rows[:3], **(asked | sink))
+def widened(rows: Rows) -> Rows:
+    return rows._replace(**{name: getattr(rows, name).double() for name in ("q_BHTD", "k_BGSD", "v_BGSD")})
 
-    return with_gradients(rows, attend, torch.float64)
+
+def oracle(rows: Rows) -> list[Tensor]:
+    return with_gradients(rows, reference.attention, torch.float64)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=120, deadline=None)
 @given(case=cases)
 def test_fp64_output_and_gradients_equal_the_oracle(path: str, case: dict) -> None:
-    rows, asked = problem(case, torch.float64)
+    rows = problem(case, torch.float64)
     found = with_gradients(rows, lambda r: PATHS[path].attend(r)[0], torch.float64)
-    for actual, wanted in zip(found, oracle(rows, asked), strict=True):
+    for actual, wanted in zip(found, oracle(rows), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -131,30 +150,49 @@ def test_fp64_output_and_gradients_equal_the_oracle(path: str, case: dict) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bos", ["none", "rescored", "closed"])
 @pytest.mark.parametrize("temperature", [None, "all", "spare"])
-@pytest.mark.parametrize("sink", [False, True])
-def test_error_is_at_most_twice_that_of_stock_attention(path, dtype, bos, temperature, sink) -> None:
+@pytest.mark.parametrize("slots", ["", "sink", "valued"])
+def test_error_is_at_most_twice_that_of_stock_attention(path, dtype, bos, temperature, slots) -> None:
     """Root mean square over many rows; stock attention is given the same tempered and rescored logits to compute."""
     case = {
         "batch": 2, "groups": 2, "repeats": 2, "queries": 48, "past": 0, "dim": 16, "mask": "causal",
-        "magnitude": 1.0, "bos": bos, "temperature": temperature, "sink": sink, "seed": 7,
+        "magnitude": 1.0, "bos": bos, "temperature": temperature, "slots": slots, "seed": 7,
     }  # fmt: skip
-    rows, asked = problem(case, dtype)
+    rows = problem(case, dtype)
     with torch.no_grad():
-        exact = reference.attention(*(t.double() for t in rows[:3]), **asked)
+        exact = reference.attention(widened(rows))
         found = PATHS[path].attend(rows)[0].double()
         # Stock attention whose queries are β times as long has logits, and so rounding, of the same size.
-        beta = 1.0 if temperature is None else PATHS[path].tempered(rows).beta_BHT.unsqueeze(-1)
-        q = (rows.q_BHTD * beta).to(dtype)
-        stock = torch.nn.functional.scaled_dot_product_attention(
-            q, rows.k_BGSD, rows.v_BGSD, is_causal=True, enable_gqa=True
-        )
-        exact_stock = reference.attention(
-            (rows.q_BHTD.double() * beta), rows.k_BGSD.double(), rows.v_BGSD.double(),
-            visible_BTS=asked["visible_BTS"], scale=rows.scale,
-        )  # fmt: skip
+        beta = 1.0 if temperature is None else PATHS[path].tempered(rows).row_scale.beta_BHT.unsqueeze(-1)
+        plain = Rows((rows.q_BHTD * beta).to(dtype), *rows[1:5], scale=rows.scale)
+        stock = torch.nn.functional.scaled_dot_product_attention(*plain[:3], is_causal=True, enable_gqa=True)
+        exact_stock = reference.attention(widened(plain)._replace(q_BHTD=rows.q_BHTD.double() * beta))
     error = (found - exact).pow(2).mean().sqrt()
     stock_error = (stock.double() - exact_stock).pow(2).mean().sqrt()
     assert error <= 2 * stock_error
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases)
+def test_biases_of_keys_and_offsets_equal_the_oracle(case: dict) -> None:
+    rows = problem(case, torch.float64)
+    generator = torch.Generator().manual_seed(case["seed"])
+    heads, keys = rows.q_BHTD.shape[1], rows.k_BGSD.shape[2]
+    shapes = (1, heads, keys), (heads, keys), (1, keys)
+    c, a, m = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    rows = (
+        rows.plus(KeyBias(c)).plus(KeyBias(c[:, :1])).plus(OffsetBias(1 + 0.2 * a, m)).plus(OffsetBias(1 - 0.1 * m, a))
+    )
+    found = with_gradients(rows, lambda r: eager.attend(r)[0], torch.float64)
+    for actual, wanted in zip(found, oracle(rows), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_two_of_a_term_are_one() -> None:
+    beta = torch.rand(2, 1, 2, 5)
+    rows = problem(CASE, torch.float64)
+    both = rows.plus(RowScale(beta[0], beta[0])).plus(RowScale(beta[1], None))
+    assert torch.equal(both.row_scale.beta_BHT, beta[0] * beta[1]) and torch.equal(both.row_scale.column_BHT, beta[0])
+    assert len(rows.plus(Slot(torch.zeros(2))).plus(Slot(torch.zeros(2))).slots) == 2
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -162,8 +200,8 @@ def test_a_row_that_sees_nothing_gives_zeros_and_finite_gradients(path: str) -> 
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
     mask = torch.ones(4, 4).tril().bool()
     mask[0] = False
-    rule = Temperature(torch.tensor([reference.PAPER]), torch.tensor(1.0), None, False)
-    rows = Rows(q, k, v, mask=mask[None, None], causal=False, scale=0.3, temperature=rule)
+    rule = EntropyScale(torch.tensor([reference.PAPER]), torch.tensor(1.0))
+    rows = Rows(q, k, v, mask=mask[None, None], causal=False, scale=0.3, entropy_scale=rule)
     found = with_gradients(rows, lambda r: PATHS[path].attend(r)[0], torch.float32)
     assert found[0][:, :, 0].abs().max() == 0
     assert all(t.isfinite().all() for t in found)
@@ -175,8 +213,8 @@ def test_a_closed_column_stays_closed_beside_logits_of_minus_ten_thousand(dtype:
     k[:, :, 0] = -25.0  # the BOS would have a logit of +1e4
     v = torch.tensor([1.0, 2.0, 2.0]).to(dtype)[None, None, :, None].expand(1, 1, 3, 16)
     first = torch.tensor([[True, False, False]])
-    bos = BosColumn(first, first, torch.full((1, 1, 3), 1e4), torch.tensor(-math.inf))
-    out, _ = sdpa.attend(Rows(q, k, v, mask=None, causal=True, scale=0.25, bos=bos))
+    bos = Column(first, first, torch.full((1, 1, 3), 1e4), torch.tensor(-math.inf))
+    out, _ = sdpa.attend(Rows(q, k, v, mask=None, causal=True, scale=0.25, column=bos))
     assert out[0, 0, :, 0].tolist() == [1.0, 2.0, 2.0]
 
 
@@ -184,9 +222,9 @@ def test_nan_stays_in_its_rows() -> None:
     # Longer than one vector of keys: below that, torch's own CPU kernel loses the NaN.
     q, k, v = (torch.randn(1, 2, 40, 8) for _ in range(3))
     q[0, 0, 3] = torch.nan
-    rule = Temperature(torch.tensor([reference.PAPER]), torch.tensor(1.0), None, False)
+    rule = EntropyScale(torch.tensor([reference.PAPER]), torch.tensor(1.0))
     for path in PATHS.values():
-        out = path.attend(Rows(q, k, v, mask=None, causal=True, scale=0.3, temperature=rule))[0]
+        out = path.attend(Rows(q, k, v, mask=None, causal=True, scale=0.3, entropy_scale=rule))[0]
         assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
 
 
@@ -194,7 +232,8 @@ def test_nan_stays_in_its_rows() -> None:
     ("change", "message"),
     [
         ({"softcap": 5.0}, "soft cap .* attn_implementation='eager'"),
-        ({"dropout": 0.1, "sink_H": torch.zeros(2)}, "attention_dropout = 0"),
+        ({"dropout": 0.1, "slots": (Slot(torch.zeros(2)),)}, "attention_dropout = 0"),
+        ({"key_bias": KeyBias(torch.zeros(1, 1, 5))}, "bias of keys .* attn_implementation='eager'"),
     ],
 )
 def test_what_the_fused_path_cannot_do_names_what_can(change: dict, message: str) -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from ropemods.attention import eager
 from ropemods.attention.rows import Rows
+from ropemods.attention.terms import RowScale, Slot
 from ropemods.attention.triton import launch, path
 from ropemods.attention.triton.attend import attend
 from ropemods.attention.triton.blocks import Blocks
@@ -38,7 +39,7 @@ cases = st.fixed_dictionaries(
         "magnitude": st.sampled_from([0.3, 1.0, 4.0]),
         "bos": st.sampled_from(["none", "rescored", "weighted", "closed"]),
         "temperature": st.sampled_from([None, "all", "spare"]),
-        "sink": st.booleans(),
+        "slots": st.sampled_from(["", "sink"]),
         "seed": st.integers(0, 10**6),
     }
 )
@@ -51,8 +52,9 @@ def moved(rows: Rows, dtype: torch.dtype, device: str = DEVICE) -> tuple[Rows, l
         return None if x is None else x.detach().to(device, to).requires_grad_()
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k, v, sink = leaf(rows.q_BHTD), leaf(rows.k_BGSD), leaf(rows.v_BGSD), leaf(rows.sink_H, wide)
-    bos, rule, beta = rows.bos, rows.temperature, leaf(rows.beta_BHT, wide)
+    q, k, v = leaf(rows.q_BHTD), leaf(rows.k_BGSD), leaf(rows.v_BGSD)
+    slots = tuple(Slot(leaf(slot.logit, wide)) for slot in rows.slots)
+    bos, rule, beta = rows.column, rows.entropy_scale, leaf(rows.row_scale and rows.row_scale.beta_BHT, wide)
     if bos is not None:
         logit = leaf(bos.logit_BHT, wide)
         bos = bos._replace(is_bos_BS=bos.is_bos_BS.to(device), is_self_BT=bos.is_self_BT.to(device), logit_BHT=logit)
@@ -64,9 +66,10 @@ def moved(rows: Rows, dtype: torch.dtype, device: str = DEVICE) -> tuple[Rows, l
     if mask is not None:
         mask = mask.to(device) if mask.dtype == torch.bool else mask.to(device, dtype)
     assert q is not None and k is not None and v is not None
-    result = rows._replace(q_BHTD=q, k_BGSD=k, v_BGSD=v, mask=mask, bos=bos, temperature=rule, sink_H=sink)
-    result = result._replace(beta_BHT=beta)
-    grown = [q, k, v, sink, beta, bos and bos.logit_BHT, rule and rule.coefficients_HC]
+    result = rows._replace(q_BHTD=q, k_BGSD=k, v_BGSD=v, mask=mask, column=bos, entropy_scale=rule, slots=slots)
+    if rows.row_scale is not None:
+        result = result._replace(row_scale=RowScale(beta, None if rows.row_scale.column_BHT is None else beta))
+    grown = [q, k, v, *(slot.logit for slot in slots), beta, bos and bos.logit_BHT, rule and rule.coefficients_HC]
     return result, [x for x in grown if x is not None]
 
 
@@ -92,7 +95,7 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor], tolerance: float) ->
 @given(case=cases, softcap=st.sampled_from([None, None, 3.0]), known=st.booleans())
 def test_output_and_every_gradient_equal_fp64(case: dict, softcap: float | None, known: bool) -> None:
     """Against `eager` in fp64, which test_rows holds against the oracle; it has gradients for every term."""
-    rows, _ = problem(case, torch.float32)
+    rows = problem(case, torch.float32)
     rows = rows._replace(softcap=softcap)
     if known:
         rows = eager.tempered(rows)
@@ -105,7 +108,7 @@ def test_output_and_every_gradient_equal_fp64(case: dict, softcap: float | None,
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(case=cases, parts=st.integers(2, 4), queries=st.integers(1, 4), past=st.sampled_from([0, 12, 70]))
 def test_split_over_the_keys_it_is_the_same(case: dict, parts: int, queries: int, past: int) -> None:
-    rows, _ = problem(case | {"queries": queries, "past": past}, torch.float32)
+    rows = problem(case | {"queries": queries, "past": past}, torch.float32)
     ours, leaves = moved(rows, torch.float32)
     exact, wide_leaves = moved(rows, torch.float64)
     with pytest.MonkeyPatch.context() as patched:
@@ -121,16 +124,16 @@ def test_error_is_at_most_twice_that_of_stock_attention(dtype: torch.dtype, kind
     case = {
         "batch": 1, "groups": 2, "repeats": 2, "queries": 48, "past": 0, "dim": 16, "mask": "causal", "magnitude": 1.0,
         "bos": "none" if kind != "spare" else "closed", "temperature": None if kind == "plain" else kind,
-        "sink": kind != "plain", "seed": 7,
+        "slots": "" if kind == "plain" else "sink", "seed": 7,
     }  # fmt: skip
-    rows, _ = problem(case, dtype)
+    rows = problem(case, dtype)
     exact_rows, wide_leaves = moved(rows, torch.float64)
     ours, leaves = moved(rows, dtype)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(launch, "parts", lambda q, k: parts)
         found = everything(path.attend, ours, leaves)
     wanted = everything(eager.attend, exact_rows, wide_leaves)
-    beta = 1.0 if rows.temperature is None else eager.tempered(exact_rows).beta_BHT.detach().unsqueeze(-1)
+    beta = 1.0 if rows.entropy_scale is None else eager.tempered(exact_rows).row_scale.beta_BHT.detach().unsqueeze(-1)
     plain = Rows((rows.q_BHTD.to(DEVICE) * beta).to(dtype), *rows[1:3], mask=None, causal=True, scale=rows.scale)
     stock_rows, stock_leaves = moved(plain, dtype)
     exact_stock_rows, wide_stock_leaves = moved(plain, torch.float64)
@@ -243,9 +246,9 @@ def test_one_key_leaves_nothing_to_choose() -> None:
 def test_the_same_input_gives_the_same_bits() -> None:
     case = {
         "batch": 1, "groups": 1, "repeats": 2, "queries": 40, "past": 0, "dim": 16, "mask": "causal", "magnitude": 1.0,
-        "bos": "rescored", "temperature": "all", "sink": True, "seed": 5,
+        "bos": "rescored", "temperature": "all", "slots": "sink", "seed": 5,
     }  # fmt: skip
-    ours, leaves = moved(problem(case, torch.bfloat16)[0], torch.bfloat16)
+    ours, leaves = moved(problem(case, torch.bfloat16), torch.bfloat16)
     runs = [everything(path.attend, ours, leaves) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 

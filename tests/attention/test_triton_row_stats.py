@@ -111,7 +111,7 @@ def test_error_is_at_most_twice_that_of_a_stock_kernel(dtype: torch.dtype, size:
         k_all = flash._like_queries(k, q)
         entropy = flash.row_entropy(q, k, mask=None, causal=True, scale=scale)
         # The log-sum-exp that stock kernels return has no gradient; the one compared here has none either.
-        _, lse = flash.attend_with_sink(q, k_all, k_all, None, mask=None, causal=True, scale=scale)
+        _, lse = flash.attend_with_slots(q, k_all, k_all, None, mask=None, causal=True, scale=scale)
         return lse.detach(), entropy
 
     def ours(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

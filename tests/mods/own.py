@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import ropemods as rm
-from ropemods.attention.rows import Rows, Temperature
-from ropemods.mods.base import Call, Site, Stage, with_bos_column
+from ropemods.attention.rows import Rows
+from ropemods.attention.terms import EntropyScale, Slot
+from ropemods.mods.base import Call, Site, Stage
+from ropemods.mods.bos_column import with_bos_column
 
 
 @rm.register
@@ -50,8 +52,7 @@ class ShiftedStage(Stage):
         self.number = nn.Parameter(torch.full((heads,), mod.start))
 
     def forward(self, rows: Rows, call: Call) -> Rows:
-        own = self.number.float() + self.strength.log()
-        return rows._replace(sink_H=own if rows.sink_H is None else torch.logaddexp(own, rows.sink_H.float()))
+        return rows.plus(Slot(self.number.float() + self.strength.log()))
 
 
 @rm.register
@@ -68,7 +69,7 @@ class Cooled(rm.Mod):
 class CooledStage(Stage):
     def forward(self, rows: Rows, call: Call) -> Rows:
         rule = torch.tensor([[0.0, 2.0]], device=rows.q_BHTD.device)
-        return rows._replace(temperature=Temperature(rule, self.strength, None, False))
+        return rows.plus(EntropyScale(rule, self.strength))
 
 
 @rm.register
@@ -89,6 +90,6 @@ class Levelled(rm.Mod):
 class LevelledStage(Stage):
     def forward(self, rows: Rows, call: Call) -> Rows:
         rows = with_bos_column(rows, call)
-        assert rows.bos is not None
-        logit = rows.bos.logit_BHT * (1 - self.strength)
-        return rows._replace(bos=rows.bos._replace(logit_BHT=logit))
+        assert rows.column is not None
+        logit = rows.column.logit_BHT * (1 - self.strength)
+        return rows.plus(rows.column._replace(logit_BHT=logit))

@@ -5,7 +5,7 @@ import torch
 
 import ropemods as rm
 from ropemods.attention import reference
-from ropemods.attention.rows import Temperature
+from ropemods.attention.terms import EntropyScale
 from ropemods.model import attention_function
 from ropemods.mods import AdaptiveTemperature
 from ropemods.mods.adaptive_temperature import PUBLISHED
@@ -25,7 +25,7 @@ class TestContract(ModContract):
 
 
 def beta(entropy: float, *, hold_from: float | None = None, strength: float = 1.0) -> float:
-    rule = Temperature(torch.tensor([PUBLISHED], dtype=torch.float64), torch.tensor(strength), hold_from, False)
+    rule = EntropyScale(torch.tensor([PUBLISHED], dtype=torch.float64), torch.tensor(strength), hold_from)
     return float(rule.beta(torch.tensor([[[entropy]]], dtype=torch.float64)))
 
 

@@ -46,7 +46,7 @@ def test_a_calibrated_sink_takes_the_mass_that_bos_had(backend: str) -> None:
 
     def look(site, rows, call, lse):
         if site.layer == 0:
-            taken.append(torch.exp(rows.sink_H[:, None] - lse)[:, :, 1:].mean((0, 2)))
+            taken.append(torch.exp(rows.slots[0].logit[:, None] - lse)[:, :, 1:].mean((0, 2)))
 
     with attention_function.observed(look, of=model, want_lse=True), torch.no_grad():
         model(ids)

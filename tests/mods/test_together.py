@@ -88,7 +88,7 @@ def test_a_pair_composes_as_the_formulas_say_or_is_refused(one: rm.Mod, other: r
         site = layers[call.layer].ropemods_site
         table = site.table.live(), *(site.layout or (False, 0))
         wide = [t.double() for t in (call.query, call.key, call.value)]
-        wanted = oracle.recompute(call, [one, other], strength, *wide, layers=LAYERS, bos_BT=bos, rotary=table)
+        wanted = oracle.recompute(call, *wide, backend="sdpa", bos_BT=bos, rotary=table)
         close(call.output.double(), wanted, 2e-5)
 
 
@@ -127,7 +127,9 @@ def test_what_is_refused_in_some_layers_names_the_others() -> None:
 
 @pytest.mark.parametrize("mods", [[rm.AdaptiveTemperature(), Cooled()], [Cooled(), rm.AdaptiveTemperature()]], ids=str)
 def test_two_temperatures_of_one_row_are_refused_layer_by_layer(mods) -> None:
-    with pytest.raises(ValueError, match=r"both set the temperature of the rows in layer 0.*layers= of its own"):
+    with pytest.raises(
+        ValueError, match=r"both set the factor read off the entropy of the rows in layer 0.*layers= of its own"
+    ):
         rm.apply(zoo.build(), *mods)
     apart = [type(mod)(layers=[index]) for index, mod in enumerate(mods)]
     model, ids = rm.apply(zoo.build(), *apart), zoo.tokens()

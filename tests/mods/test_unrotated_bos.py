@@ -45,7 +45,7 @@ def test_the_bos_logit_does_not_depend_on_position(architecture: str) -> None:
 
     def look(site, rows, call, lse):
         if site.layer == 0:
-            seen.append(rows.bos.logit_BHT[0, :, 1:])
+            seen.append(rows.column.logit_BHT[0, :, 1:])
 
     with attention_function.observed(look, of=model, want_lse=False), torch.no_grad():
         model(ids, use_cache=False)

@@ -24,7 +24,7 @@ PROGRAMS = 256
 
 
 class Column(NamedTuple):
-    """The BOS column, as `ropemods.attention.rows.BosColumn` has it."""
+    """The BOS column, as `ropemods.attention.terms.Column` has it."""
 
     is_bos_BS: Tensor | None
     """uint8."""
@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A temperature that is read off the entropy, as `ropemods.attention.rows.Temperature` has it."""
+    """A temperature that is read off the entropy, as `ropemods.attention.terms.EntropyScale` has it."""
 
     coefficients_HC: Tensor | None
     strength: Tensor | None

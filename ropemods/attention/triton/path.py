@@ -8,31 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropemods.attention.rows import Rows, with_beta
+from ropemods.attention import slots
+from ropemods.attention.rows import Rows, scaled, scaled_column, with_beta
 from ropemods.attention.triton.attend import attend as attend_rows
 from ropemods.attention.triton.entropy import entropy
 from ropemods.attention.triton.launch import Column, Rule
 from ropemods.attention.triton.spans import Spans, spans
 
 
-def tempered(rows: Rows) -> Rows:
-    """`rows` with β in the place of the temperature it asks for."""
-    return rows if rows.temperature is None else with_beta(rows, entropy(rows))
-
-
 def attend(rows: Rows) -> tuple[Tensor, Tensor]:
     """Returns out_BHTD and the log of the denominator (B, H, T)."""
     _check(rows)
-    q, heads = rows.q_BHTD, rows.q_BHTD.shape[1]
+    asked = rows.entropy_scale
+    if asked is not None and not asked.cornered:  # the kernels have the published rule in them
+        rows, asked = with_beta(rows, entropy(rows)), None
     rule = None
-    if rows.temperature is not None:
-        asked = rows.temperature
-        coefficients = asked.coefficients_HC.float().expand(heads, -1).contiguous()
-        hold_from = float("inf") if asked.hold_from is None else asked.hold_from
-        rule = Rule(coefficients, asked.strength.float(), hold_from)
-    spared = rows.temperature.spare_bos if rows.temperature is not None else rows.beta_spares_bos
+    if asked is not None:
+        rows = scaled(rows) if rows.row_scale is not None else rows
+        coefficients = asked.coefficients_HC.float().expand(rows.q_BHTD.shape[1], -1).contiguous()
+        rule = Rule(coefficients, asked.strength.float(), float("inf") if asked.hold_from is None else asked.hold_from)
+    beta_BHT = None if rows.row_scale is None else rows.row_scale.beta_BHT.float().contiguous()
+    spared = beta_BHT is not None or (asked is not None and asked.spares_column)
+    joined = slots.together(rows.slots, rows.q_BHTD, torch.float32)
     found = attend_rows(
-        q,
+        rows.q_BHTD,
         rows.k_BGSD,
         rows.v_BGSD,
         _spans(rows),
@@ -40,16 +39,16 @@ def attend(rows: Rows) -> tuple[Tensor, Tensor]:
         softcap=rows.softcap,
         mask=rows.mask,
         column=_column(rows, spared),
-        sink_H=None if rows.sink_H is None else rows.sink_H.float().contiguous(),
+        sink_H=None if joined is None else joined.logit_NBHT[0, 0, :, 0].contiguous(),
         rule=rule,
-        beta_BHT=None if rows.beta_BHT is None else rows.beta_BHT.float().contiguous(),
+        beta_BHT=beta_BHT,
         spared=spared,
     )
     return found.out, found.log_z
 
 
 def _column(rows: Rows, spared: bool) -> Column | None:
-    bos = rows.bos
+    bos = scaled_column(rows)
     if bos is None:
         return None
     shape = rows.q_BHTD.shape[0], rows.q_BHTD.shape[2]
@@ -76,6 +75,21 @@ def _spans(rows: Rows) -> Spans:
 
 
 def _check(rows: Rows) -> None:
+    if rows.softcap is not None and rows.row_scale is not None and rows.entropy_scale is not None:
+        raise ValueError(
+            "a factor on soft-capped rows and one read off their entropy were asked for together on the triton "
+            "kernels, which take one of them; load the model with attn_implementation='eager'"
+        )
+    if any(slot.value_HD is not None or slot.logit.ndim == 3 for slot in rows.slots):
+        raise ValueError(
+            "a slot with a value, or with a logit of each row, was asked for on the triton kernels, whose slots have "
+            "one logit a head; set ROPEMODS_KERNEL=flash, or load the model with attn_implementation='eager'"
+        )
+    if rows.key_bias is not None or rows.offset_bias is not None:
+        raise ValueError(
+            "a bias of keys or offsets was asked for on the triton kernels, which have none; load the model with "
+            "attn_implementation='eager', or set ROPEMODS_KERNEL=flex"
+        )
     if rows.dropout > 0:
         raise ValueError(
             f"attention dropout of {rows.dropout} was asked for on the triton kernels, which have none; set "
