@@ -13,27 +13,14 @@ if TYPE_CHECKING:
     from ropemods.leakage.measurement import measure
     from ropemods.leakage.protocol import Protocol
     from ropemods.leakage.suggestion import Suggestion, suggest
-    from ropemods.mods import (
-        AdaptiveTemperature,
-        LearnedSink,
-        Mod,
-        ReplacedBos,
-        TruncatedRoPE,
-        UnrotatedBos,
-        register,
-    )
+    from ropemods.mods import *  # noqa: F403
     from ropemods.penalty import Penalized, Penalty, penalize
     from ropemods.report.comparison import Comparison, compare, compare_arms
     from ropemods.report.report import Report
     from ropemods.schedule import StrengthSchedule
 
+# Where names are that are not among the modifications, which list themselves (`ropemods.mods`).
 _HOMES = {
-    "TruncatedRoPE": "mods",
-    "AdaptiveTemperature": "mods",
-    "ReplacedBos": "mods",
-    "UnrotatedBos": "mods",
-    "LearnedSink": "mods",
-    "Mod": "mods",
     "register": "mods",
     "apply": "attach",
     "remove": "attach",
@@ -55,15 +42,19 @@ _HOMES = {
     "Suggestion": "leakage.suggestion",
 }
 
-__all__ = list(_HOMES)
-
 
 def __getattr__(name: str) -> Any:
     # Names are imported when they are first used, so that `import ropemods` costs next to nothing.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ropemods' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ropemods.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"ropemods.{_HOMES[name]}"), name)
+    if name[:1].isupper():  # not a module's name, for which nothing should be imported to answer
+        mods = importlib.import_module("ropemods.mods")
+        if name in mods.__all__:
+            return getattr(mods, name)
+    if name == "__all__":
+        return __dir__()
+    raise AttributeError(f"module 'ropemods' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*importlib.import_module("ropemods.mods").__all__, *_HOMES})

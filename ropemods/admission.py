@@ -36,13 +36,15 @@ def admitted(
             raise ValueError(
                 f"{mod.kind}: layers {outside} do not exist; this model has {count}, from 0 to {count - 1}"
             )
+        if not mod.acts_on(count):
+            raise ValueError(f"{mod} chooses none of this model's {count} attention layers; choose one of them")
         if recorded is None:  # what stood together when it was saved is read as it was
             reason = mod.conflict([other for other in mods if other is not mod], count)
             if reason is not None:
                 raise ValueError(reason)
     _check_one_of_a_kind(mods, count)
     edits = [mod for mod in mods if mod.edits_frequencies]
-    if len(edits) > 1 and any(mod.layers is not None for mod in edits):
+    if len(edits) > 1 and any(mod.for_some_layers for mod in edits):
         raise ValueError(
             f"{' and '.join(map(str, edits))} all change the rotary frequencies. They act one after the other where "
             "each takes every layer; with layers= one must stand alone, since the selected layers get one other table"
@@ -84,7 +86,8 @@ def _check_one_of_a_kind(mods: list[Mod], layer_count: int) -> None:
     """In a layer. Twice in a model stands only what acts in its layers alone, with layers of its own each time."""
     for n, mod in enumerate(mods):
         for other in (other for other in mods[:n] if other.kind == mod.kind):
-            beyond = mod.layers is None or other.layers is None or mod.edits_frequencies or mod.shared_stage()
+            whole = not (mod.for_some_layers and other.for_some_layers)
+            beyond = whole or mod.edits_frequencies or mod.shared_stage()
             if beyond or any(mod.selects(i, layer_count) and other.selects(i, layer_count) for i in range(layer_count)):
                 raise ValueError(
                     f"{mod.kind} was given twice, as {other} and as {mod}; one of a kind, or each with `layers` that "

@@ -229,7 +229,7 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
     if bos_token_id is not None or shared is not None or scored:
         attached.handles += model_inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
-        if mod.layers is not None:
+        if mod.for_some_layers:
             attached.handles += layer_tables.install([layer for _, layer in layers])
 
 
@@ -277,7 +277,7 @@ def finish(model: PreTrainedModel) -> None:
             module.fill_constants()
     dry_run.rehearse(model, found)
     for mod in (mod for mod in model.ropemods_attached.mods if mod.edits_frequencies):
-        if mod.layers is not None:
+        if mod.for_some_layers:
             layer_tables.build(model, mod, layers)
     for table in rope_tables.tables(model):
         table.keep()
@@ -311,11 +311,11 @@ def refresh(model: PreTrainedModel) -> None:
     attached.bos_active = any(mod.needs_bos and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.zeros_active = any(mod.zeroes_states and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)
-    if any(mod.edits_frequencies and mod.layers is None for mod in attached.mods):
+    if any(mod.edits_frequencies and not mod.for_some_layers for mod in attached.mods):
         edits = config_record.edits_of(attached.mods, alpha)
         for table in rope_tables.tables(model):
             table.write(partial(edited, edits=edits) if edits else None)
-    for mod in (mod for mod in attached.mods if mod.edits_frequencies and mod.layers is not None):
+    for mod in (mod for mod in attached.mods if mod.edits_frequencies and mod.for_some_layers):
         layer_tables.write(model, mod, alpha[mod.kind])
     config_record.write(model, attached.mods, alpha, attached.rope_parameters, attached.bos_token_id)
     origin.mark(model, differs=alpha != attached.at_path)
@@ -365,7 +365,8 @@ def summary(model: nn.Module) -> str:
         trainable = sum(
             p.numel() for stage in _stages_for(mod, inner, count) for p in stage.parameters() if p.requires_grad
         )
-        where = f"{count} layers" if mod.layers is None else f"layers {','.join(map(str, mod.layers))} of {count}"
+        chosen_layers = mod.layers or sorted(mod.acts_on(count))
+        where = f"layers {','.join(map(str, chosen_layers))} of {count}" if mod.for_some_layers else f"{count} layers"
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
     portable = "yes" if config_record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
     total = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters())

@@ -42,6 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (variant, (architecture, backend))
         for index, (variant, mods) in enumerate(cls.variants.items())
         for architecture, backend in zoo.pairs()
+        if backend in cls.backends
         if architecture in FEW or (index == 0 and not traced)
         if not (traced and backend != "sdpa")
         if not (deep and (architecture, backend) != ("llama", "sdpa"))
@@ -60,13 +61,13 @@ def concerning(predicate: Callable[[Mod], bool]):
     return mark
 
 
-def perturb(model: PreTrainedModel) -> None:
+def perturb(model: PreTrainedModel, by: float = 0.2) -> None:
     """Move the modifications' parameters off their initial values, so that losing them shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ropemods" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
 def gradients(model: PreTrainedModel, ids: Tensor, **inputs) -> dict[str, Tensor]:
@@ -141,11 +142,14 @@ def stock_decoding_error(pair: tuple[str, str], dtype: torch.dtype) -> float:
 
 class ModContract:
     variants: ClassVar[dict[str, list[Mod]]] = {}
+    backends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+    moved: ClassVar[float] = 0.2
+    """How far its parameters are moved off their initial values."""
 
     def model(self, pair: tuple[str, str], variant: str, strength: float = 1.0, **changes) -> PreTrainedModel:
         model = zoo.build(*pair, **changes)
         rm.apply(model, *self.variants[variant], strength=strength)
-        perturb(model)
+        perturb(model, self.moved)
         return model
 
     # Strength
@@ -187,7 +191,11 @@ class ModContract:
             generator = torch.Generator().manual_seed(call.layer)
             weight = torch.randn(call.output.shape, generator=generator, dtype=torch.float64) * real[..., None, None]
             wide = [t.detach().double().requires_grad_() for t in (call.query, call.key, call.value)]
-            wanted = oracle.recompute(call, *wide, backend=pair[1], bos_BT=bos, rotary=table)
+            stages = getattr(call.module, "ropemods", torch.nn.Module())
+            exact = copy.deepcopy(stages).double()  # or rows would be summed into their gradients in fp32, one by one
+            wanted = oracle.recompute(
+                call, *wide, backend=pair[1], bos_BT=bos, rotary=table, own=exact if list(exact.children()) else None
+            )
             close(call.output.double() * real[..., None, None], wanted * real[..., None, None], 2e-5)
             if not site.active:  # the stock function's own business, and its own precision
                 continue
@@ -197,17 +205,16 @@ class ModContract:
             interface = transformers.AttentionInterface()[f"ropemods+{pair[1]}"]
             found, _ = interface(call.module, *again, mask, **call.options)
             close(found * real[..., None, None], wanted * real[..., None, None], 1e-9)
-            own = [p for p in call.module.ropemods.parameters()] if hasattr(call.module, "ropemods") else []
             grads = [
-                torch.autograd.grad((out * weight).sum(), [*x, *own], allow_unused=True)
-                for out, x in ((wanted, wide), (found, again))
+                torch.autograd.grad((out * weight).sum(), [*x, *own.parameters()], allow_unused=True)
+                for out, x, own in ((wanted, wide, exact), (found, again, stages))
             ]
             for expected, got in zip(*grads, strict=True):
                 if expected is None:
                     assert got is None or got.abs().max() == 0
                 else:
                     # Parameters of the modification are fp32, so their gradients are rounded to it.
-                    close(got, expected, 1e-9 if got.dtype == torch.float64 else 1e-6)
+                    close(got.double(), expected, 1e-9 if got.dtype == torch.float64 else 1e-6)
 
     # Decoding, padding, batching, packing
 

@@ -59,10 +59,12 @@ def recompute(
     backend: str,
     bos_BT: Tensor,
     rotary: tuple[Tensor, bool, int] | None,
+    own: torch.nn.Module | None = None,
 ) -> Tensor:
     """The layer's output (B, T, H, D) by the formulas, from fp64 query, key and value.
 
-    `bos_BT` is the column of each query's BOS; `rotary` the frequencies, pairing and first channel of this layer.
+    `bos_BT` is the column of each query's BOS; `rotary` the frequencies, pairing and first channel of this layer; `own`
+    the layer's stages with their parameters in fp64, where their gradients are wanted.
     """
     options = {name: each for name, each in call.options.items() if not name.startswith("ropemods")}
     rows = attention_function.rows_of(backend, call.module, query, key, value, attention_mask=call.mask, **options)
@@ -75,7 +77,8 @@ def recompute(
         shared={name: each.double() for name, each in (call.options.get(SHARED) or {}).items()},
         hidden_BTC=call.options.get(HIDDEN),
     )
-    stages = [stage for _, stage in call.module.ropemods.stages()] if hasattr(call.module, "ropemods") else []
+    own = getattr(call.module, "ropemods", None) if own is None else own
+    stages = [] if own is None else [stage for _, stage in own.stages()]
 
     def fill(row: PlainRow) -> None:
         for stage in stages:

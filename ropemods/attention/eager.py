@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ropemods.attention import slots
-from ropemods.attention.rows import Rows, additive_mask, soft_capped, wide, with_beta
+from ropemods.attention.rows import Rows, additive_mask, own_column, soft_capped, wide, with_beta
 
 
 def tempered(rows: Rows) -> Rows:
@@ -92,21 +92,15 @@ def _logits(rows: Rows) -> tuple[Tensor, Tensor | None]:
         weight = rows.column.log_weight_BT(dtype)[:, None, :, None]
         bias = _plus(torch.where(is_bos, weight, torch.zeros_like(weight)), bias)
     if rows.offset_bias is not None:
-        factors_HTS, added_HTS = (_by_offset(x_HO, logits) for x_HO in rows.offset_bias)
-        logits, bias = logits * factors_HTS, _plus(added_HTS, bias)
+        column_S = torch.arange(logits.shape[-1], device=logits.device)
+        offset_BTS = (own_column(rows).unsqueeze(-1) - column_S).clamp(min=0)
+        factors, added = (x_HO.to(dtype)[:, offset_BTS].transpose(0, 1) for x_HO in rows.offset_bias)
+        logits, bias = logits * factors, _plus(added, bias)
     if rows.key_bias is not None:
         bias = _plus(rows.key_bias.bias_BHS.to(dtype).unsqueeze(2), bias)
     if rows.row_scale is not None:
         logits = logits * _of_columns(rows, *rows.row_scale)
     return logits, bias
-
-
-def _by_offset(x_HO: Tensor, logits: Tensor) -> Tensor:
-    """A number for each query and key (H, T, S) by how far before the query the key stands."""
-    queries, keys = logits.shape[-2:]
-    query_T = torch.arange(keys - queries, keys, device=logits.device)
-    offset_TS = (query_T[:, None] - torch.arange(keys, device=logits.device)).clamp(min=0)
-    return x_HO.to(logits.dtype)[:, offset_TS]
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from ropemods.attention import slots
 from ropemods.attention.column_entropy import with_column
-from ropemods.attention.rows import Rows, scaled, soft_capped, with_beta
+from ropemods.attention.rows import Rows, own_column, scaled, soft_capped, with_beta
 
 BLOCK = 128
 
@@ -81,8 +81,8 @@ def _score(rows: Rows, close_all: bool) -> Callable[..., Tensor] | None:
     if column is not None:
         logit = torch.full_like(column.logit_BHT, float("-inf")) if close_all else column.weighed()
         is_bos = column.is_bos_BS.expand(rows.q_BHTD.shape[0], -1)
-    ahead = rows.k_BGSD.shape[2] - rows.q_BHTD.shape[2]
     if rows.offset_bias is not None:
+        own_BT = own_column(rows).expand(rows.q_BHTD.shape[0], -1)
         factor_HO, added_HO = (x.expand(rows.q_BHTD.shape[1], -1) for x in rows.offset_bias)
     if rows.key_bias is not None:
         bias_BHS = rows.key_bias.bias_BHS.expand(*rows.q_BHTD.shape[:2], -1)
@@ -92,7 +92,7 @@ def _score(rows: Rows, close_all: bool) -> Callable[..., Tensor] | None:
         if column is not None:
             value = torch.where(is_bos[b, s], logit[b, h, q].to(value.dtype), value)
         if rows.offset_bias is not None:
-            offset = torch.clamp(q + ahead - s, min=0)
+            offset = torch.clamp(own_BT[b, q] - s, min=0)
             value = value * factor_HO[h, offset] + added_HO[h, offset]
         if rows.key_bias is not None:
             value = value + bias_BHS[b, h, s]

@@ -30,7 +30,7 @@ class PlainRow:
     columns: list[int]
     """Of the keys, among all keys of the call."""
     offsets_N: Tensor
-    """How far before the query each key stands."""
+    """How far each key stands before the last, which is the query's own."""
     bos: int | None = None
     """Which of the keys is the query's BOS; None where it sees none."""
     is_bos: bool = False

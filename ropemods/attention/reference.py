@@ -70,7 +70,7 @@ def attention(rows: Rows, fill: Callable[[PlainRow], None] | None = None, bos_BT
                     keys_ND=k_BGSD[b, group, columns],
                     values_ND=v_BGSD[b, group, columns],
                     columns=columns,
-                    offsets_N=keys - queries + t - torch.tensor(columns, dtype=torch.long),
+                    offsets_N=columns[-1] - torch.tensor(columns) if columns else torch.zeros(0, dtype=torch.long),
                     scale=rows.scale,
                     softcap=rows.softcap,
                 )

@@ -74,6 +74,25 @@ def shown(mask: Tensor) -> Tensor:
     return mask > HIDDEN if mask.dtype.is_floating_point else mask.bool()
 
 
+def visible_keys(rows: Rows) -> Tensor:
+    """How many keys each query may see: (B or 1, H or 1, T)."""
+    queries, keys = rows.q_BHTD.shape[2], rows.k_BGSD.shape[2]
+    if rows.mask is not None:
+        return shown(rows.mask).expand(*rows.mask.shape[:-1], keys).sum(-1).expand(*rows.mask.shape[:2], queries)
+    index_T = torch.arange(queries, device=rows.q_BHTD.device)
+    return (index_T + keys - queries + 1 if rows.causal else torch.full_like(index_T, keys))[None, None]
+
+
+def own_column(rows: Rows) -> Tensor:
+    """The column of each query's own key, which is the last that it sees: (B or 1, T). A static cache has keys behind
+    it that are not filled yet."""
+    queries, keys = rows.q_BHTD.shape[2], rows.k_BGSD.shape[2]
+    index_S = torch.arange(keys, device=rows.q_BHTD.device)
+    if rows.mask is None:
+        return index_S[None, keys - queries :]
+    return torch.where(shown(rows.mask).any(1), index_S, 0).amax(-1).expand(-1, queries)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype logits are reasoned about in: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -66,7 +66,7 @@ def edits_of(mods: list[Mod], strength: dict[str, float]) -> list[tuple[Mod, flo
     return [
         (mod, strength[mod.kind])
         for mod in mods
-        if mod.edits_frequencies and mod.layers is None and strength[mod.kind] > 0
+        if mod.edits_frequencies and not mod.for_some_layers and strength[mod.kind] > 0
     ]
 
 

@@ -71,7 +71,7 @@ def _substitute(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
         raise ValueError(
             f"{type(layer).__name__} is not handed its rotary tables and positions by the model, so a selection of "
-            "layers cannot be given others; apply TruncatedRoPE to all layers (leave layers= out)"
+            "layers cannot be given others; change the frequencies of all layers, or leave that modification out"
         )
     hidden = args[0] if args else kwargs["hidden_states"]
     table = layer.ropemods_site.table

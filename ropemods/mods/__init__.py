@@ -11,12 +11,26 @@ from torch import nn
 from ropemods.mods import outside
 from ropemods.mods.adaptive_temperature import AdaptiveTemperature
 from ropemods.mods.base import Mod
+from ropemods.mods.dropped_rope import DroppedRoPE
 from ropemods.mods.learned_sink import LearnedSink
+from ropemods.mods.log_temperature import LogTemperature
+from ropemods.mods.output_gate import OutputGate
 from ropemods.mods.replaced_bos import ReplacedBos
+from ropemods.mods.scale_invariant import ScaleInvariant
 from ropemods.mods.truncated_rope import TruncatedRoPE
 from ropemods.mods.unrotated_bos import UnrotatedBos
 
-MODS: tuple[type[Mod], ...] = (TruncatedRoPE, AdaptiveTemperature, ReplacedBos, UnrotatedBos, LearnedSink)
+MODS: tuple[type[Mod], ...] = (
+    TruncatedRoPE,
+    DroppedRoPE,
+    AdaptiveTemperature,
+    LogTemperature,
+    ScaleInvariant,
+    ReplacedBos,
+    UnrotatedBos,
+    LearnedSink,
+    OutputGate,
+)
 
 _registered: dict[str, type[Mod]] = {}
 AnyMod = TypeVar("AnyMod", bound=type[Mod])
@@ -124,15 +138,15 @@ def recordable(mod: Mod) -> str | None:
 
 
 __all__ = [
-    "MODS",
     "AdaptiveTemperature",
+    "DroppedRoPE",
     "LearnedSink",
+    "LogTemperature",
     "Mod",
+    "OutputGate",
     "ReplacedBos",
+    "ScaleInvariant",
     "TruncatedRoPE",
     "UnrotatedBos",
-    "kinds",
-    "mod_from_json",
-    "recordable",
     "register",
 ]

@@ -209,9 +209,14 @@ class Mod:
             return "it acts on attention scores, which a stock model computes as it always has"
         if type(self).embedding_stage is not Mod.embedding_stage:
             return "it acts on what the input embedding gives, by a rule that no row of a stock embedding holds"
-        if self.layers is not None:
+        if self.for_some_layers:
             return "it acts on some layers only, and a stock config has one set of frequencies for all"
         return None
+
+    @property
+    def for_some_layers(self) -> bool:
+        """Whether it chooses among the attention layers, by `layers` or in a way of its own (`selects`)."""
+        return self.layers is not None
 
     def selects(self, layer: int, layer_count: int) -> bool:
         return self.layers is None or layer in {index % layer_count for index in self.layers}

@@ -17,14 +17,18 @@ import ropemods as rm
 from ropemods.attention import reference
 from ropemods.model.attention_layers import attention_layers
 from tests import oracle, zoo
-from tests.contract import close
+from tests.contract import close, perturb
 from tests.mods.own import Cooled, Levelled, Shifted, Slowed
 
 LAYERS = 2
 OURS = {
     "rope": lambda **o: rm.TruncatedRoPE(0.5, **o),
+    "no rope": lambda **o: rm.DroppedRoPE(**o),
     "temperature": lambda **o: rm.AdaptiveTemperature(trainable="head", **o),
     "temperature sparing BOS": lambda **o: rm.AdaptiveTemperature(spare_bos=True, beyond="hold", **o),
+    "log temperature": lambda **o: rm.LogTemperature(neutral=3, **o),
+    "distances": lambda **o: rm.ScaleInvariant(tau=2, start="paper", **o),
+    "gate": lambda **o: rm.OutputGate(**o),
     "replaced": lambda **o: rm.ReplacedBos("mean", **o),
     "unrotated": lambda **o: rm.UnrotatedBos(**o),
     "sink": lambda **o: rm.LearnedSink(init=0.3, **o),
@@ -58,7 +62,9 @@ def should_be_refused(one: rm.Mod, other: rm.Mod) -> bool:
     """By what the modifications are, written down here anew."""
     both = layers_of(one) & layers_of(other)
     if one.kind == other.kind:
-        return bool(both) or one.kind == "truncated_rope"
+        return bool(both) or one.edits_frequencies
+    if one.edits_frequencies and other.edits_frequencies:
+        return one.layers is not None or other.layers is not None
     for sink, mod in ((one, other), (other, one)):
         if isinstance(sink, rm.LearnedSink) and not sink.read_bos:
             if isinstance(mod, rm.UnrotatedBos) and both:
@@ -70,14 +76,15 @@ def should_be_refused(one: rm.Mod, other: rm.Mod) -> bool:
 
 @pytest.mark.parametrize(("one", "other"), pairs())
 def test_a_pair_composes_as_the_formulas_say_or_is_refused(one: rm.Mod, other: rm.Mod) -> None:
-    stock, ids, strength = zoo.build(), zoo.tokens(rows=1, length=7), 0.6
-    model = zoo.build()
+    backend = "eager" if "scale_invariant" in (one.kind, other.kind) else "sdpa"  # fused kernels know no distances
+    stock, ids, strength = zoo.build("llama", backend), zoo.tokens(rows=1, length=7), 0.6
+    model = zoo.build("llama", backend)
     if should_be_refused(one, other):
-        with pytest.raises(ValueError, match=r"do nothing|reach no later token|given twice"):
+        with pytest.raises(ValueError, match=r"do nothing|reach no later token|given twice|must stand alone"):
             rm.apply(model, one, other, strength=strength)
         assert torch.equal(model(ids).logits, stock(ids).logits)
         return
-    rm.apply(model, one, other, strength=strength)
+    perturb(rm.apply(model, one, other, strength=strength))
     check_tables(model, [one, other], stock, strength)
     check_input(model, [one, other], stock, ids, strength)
     bos = torch.zeros(1, 7, dtype=torch.long)
@@ -88,15 +95,18 @@ def test_a_pair_composes_as_the_formulas_say_or_is_refused(one: rm.Mod, other: r
         site = layers[call.layer].ropemods_site
         table = site.table.live(), *(site.layout or (False, 0))
         wide = [t.double() for t in (call.query, call.key, call.value)]
-        wanted = oracle.recompute(call, *wide, backend="sdpa", bos_BT=bos, rotary=table)
+        wanted = oracle.recompute(call, *wide, backend=backend, bos_BT=bos, rotary=table)
         close(call.output.double(), wanted, 2e-5)
 
 
 def check_tables(model, mods, stock, strength) -> None:
     wanted = stock.model.rotary_emb.inv_freq.double()
     for index, (_, layer) in enumerate(attention_layers(model)):
-        cut = [mod for mod in mods if mod.kind == "truncated_rope" and index in layers_of(mod)]
-        edited = reference.truncated_frequencies(wanted, keep=0.5, strength=strength) if cut else wanted
+        edited = wanted
+        for mod in (mod for mod in mods if index in layers_of(mod)):
+            if mod.edits_frequencies:
+                keep = 0.5 if mod.kind == "truncated_rope" else 0.0
+                edited = reference.truncated_frequencies(edited, keep=keep, strength=strength)
         close(layer.ropemods_site.table.live().double(), edited, 1e-6)
 
 

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ropemods as rm
+from ropemods.mods import DroppedRoPE
+from tests import zoo
+from tests.contract import ModContract, close
+
+
+class TestContract(ModContract):
+    variants = {
+        "all": [DroppedRoPE()],
+        "every second": [DroppedRoPE(every=2)],
+        "layers": [DroppedRoPE(layers=[0]), rm.LearnedSink(init=0.3)],
+    }
+
+
+def test_the_chosen_layers_do_not_see_positions() -> None:
+    """With no rotation anywhere, the last token reads the earlier ones as a bag of keys in the first layer."""
+    ids = zoo.tokens(rows=1, length=9)
+    shuffled = ids.clone()
+    shuffled[0, 1:8] = ids[0, 1:8].flip(0)
+    stock = zoo.build(num_hidden_layers=1)
+    model = rm.apply(zoo.build(num_hidden_layers=1), DroppedRoPE())
+    assert (stock(ids).logits - stock(shuffled).logits)[0, -1].abs().max() > 1e-4
+    close(model(ids).logits[0, -1], model(shuffled).logits[0, -1], 1e-5)
+
+
+def test_every_counts_layers_from_one() -> None:
+    assert DroppedRoPE(every=4).acts_on(12) == {3, 7, 11} and DroppedRoPE(every=1).acts_on(3) == {0, 1, 2}
+    model = rm.apply(zoo.build(), DroppedRoPE(every=2))
+    assert "layers 1 of 2" in rm.summary(model)
+    assert torch.equal(model(zoo.tokens()).logits, rm.apply(zoo.build(), DroppedRoPE(layers=[1]))(zoo.tokens()).logits)
+    with pytest.raises(ValueError, match="chooses none of this model's 2"):
+        rm.apply(zoo.build(), DroppedRoPE(every=3))
+
+
+def test_all_layers_are_p_rope_that_keeps_nothing(tmp_path) -> None:
+    ids, model = zoo.tokens(), rm.apply(zoo.build(), DroppedRoPE())
+    assert torch.equal(model(ids).logits, rm.apply(zoo.build(), rm.TruncatedRoPE(0.0))(ids).logits)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 2, "layers": [0]}])
+def test_what_makes_no_sense_is_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match="every"):
+        DroppedRoPE(**options)
