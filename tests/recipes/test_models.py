@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
+from ropemods.mods import MODS
 from ropemods.settings.strict_yaml import read
 from ropemods.training.__main__ import main
 from ropemods.training.arms import read_result
@@ -23,6 +24,7 @@ SMALL: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 131_072,
 }  # fmt: skip
+FOUR_DEEP = SMALL | {"num_hidden_layers": 4}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -43,6 +45,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "llama-3.2-3b": LlamaConfig(**SMALL, **heads(3, 1, 128), rope_parameters=LLAMA3, tie_word_embeddings=True),
     "qwen3-0.6b": Qwen3Config(**SMALL, **heads(2, 1, 128), rope_parameters=default(1e6), tie_word_embeddings=True),
     "qwen3-4b": Qwen3Config(**SMALL, **heads(4, 1, 128), rope_parameters=default(1e6), tie_word_embeddings=True),
+    "smollm2-135m": LlamaConfig(**FOUR_DEEP, **heads(3, 1, 64), rope_parameters=default(1e5), tie_word_embeddings=True),
     "mistral-7b": MistralConfig(
         **SMALL, **heads(4, 1, 128), rope_parameters=default(1e6), sliding_window=None, tie_word_embeddings=False
     ),
@@ -57,14 +60,16 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 }
 
 
-def test_there_is_a_recipe_of_each_kind_for_each_model_with_a_page() -> None:
+def test_there_is_a_recipe_for_each_modification_and_two_for_each_model_with_a_page() -> None:
     assert {path.parent.name for path in TUNING} == set(ARCHITECTURES)
-    for name in ARCHITECTURES:
+    for name in set(ARCHITECTURES) - {"smollm2-135m"}:
         assert {path.name for path in TUNING if path.parent.name == name} == {"full.yaml", "lora.yaml"}
         page = (RECIPES / name / "README.md").read_text()
         assert "full.yaml" in page and "lora.yaml" in page and "GB" in page and "tokens" in page
     kinds = {mod["kind"] for path in TUNING for mod in read(RECIPES / path)["mods"]}
-    assert kinds == {"truncated_rope", "adaptive_temperature", "replaced_bos", "unrotated_bos", "learned_sink"}
+    assert kinds == {mod.kind for mod in MODS}
+    page = (RECIPES / "smollm2-135m" / "README.md").read_text()
+    assert all(path.name in page for path in TUNING if path.parent.name == "smollm2-135m")
 
 
 @pytest.mark.slow
