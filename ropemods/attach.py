@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ from ropemods.model.attention_layers import (
     base_model,
     hand_down,
     head_dim_of,
+    key_dim_of,
     prepare_sites,
     site_of,
     uncompiled,
@@ -95,7 +97,7 @@ def apply(
     inner = base_model(model)
     config_record.check_strength(strength)
     admission.check_mods(mods)
-    if uncompiled(model) is not inner and any(mod.trains for mod in mods):
+    if uncompiled(model) is not inner and any(mod.has_parameters for mod in mods):
         raise ValueError(
             "these modifications train parameters, and a PEFT model trains and saves only what its config names; "
             "apply them first, then get_peft_model(model, LoraConfig(..., modules_to_save=['ropemods']))"
@@ -152,6 +154,8 @@ def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
     with partition.gathered(own):
         for _, stage in _stages_of(embeds):
             stage.measure(own)
+    if any(mod.copies_bos for mod in mods):
+        starting_values.read_bos(model)
 
 
 def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) -> str | None:
@@ -247,7 +251,8 @@ def _layer_stage(mod: Mod, layer: nn.Module, count: int) -> Stage | None:
     assert site is not None
     if not mod.selects(site.layer, count):
         return None
-    return mod.stage(Site(site.layer, site.heads, head_dim_of(layer), layer.config.hidden_size))  # type: ignore[union-attr]
+    hidden: int = layer.config.hidden_size  # type: ignore[union-attr, assignment]
+    return mod.stage(Site(site.layer, site.heads, head_dim_of(layer), hidden, key_dim_of(layer)))
 
 
 def _placed(stages: Stages, beside: nn.Module, dtype: torch.dtype) -> Stages:
@@ -368,6 +373,7 @@ def summary(model: nn.Module) -> str:
         chosen_layers = mod.layers or sorted(mod.acts_on(count))
         where = f"layers {','.join(map(str, chosen_layers))} of {count}" if mod.for_some_layers else f"{count} layers"
         lines.append(f"{mod} · {where} · strength {attached.strength[mod.kind]:g} · trainable params: {trainable:,}")
+        lines += _learned(mod, inner, count)
     portable = "yes" if config_record.is_portable(inner) else "no (reload with ropemods.from_pretrained)"
     total = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters())
     backend, kernels = attention_function.backend_of(inner), ""
@@ -375,6 +381,20 @@ def summary(model: nn.Module) -> str:
         kernels = f", kernels: {chosen(inner.device)}"
     lines.append(f"attention: {backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}")
     return "\n".join(lines)
+
+
+def _learned(mod: Mod, model: PreTrainedModel, layer_count: int) -> Iterator[str]:
+    """What became of the modification's own numbers, a line for each run of layers that say the same."""
+    found = []
+    for _, layer in attention_layers(model):
+        own = [stage for kind, stage in _stages_of(layer) if kind == mod.kind]
+        site = site_of(layer)
+        if own and site is not None and mod.selects(site.layer, layer_count) and (said := own[0].learned()) is not None:
+            found.append((said, site.layer))
+    for said, run in itertools.groupby(found, key=lambda each: each[0]):
+        layers = [layer for _, layer in run]
+        named = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        yield f"  {named}: {said}"
 
 
 def _stages_for(mod: Mod, model: PreTrainedModel, layer_count: int) -> Iterator[Stage]:

@@ -72,6 +72,7 @@ def recompute(
     known = Call(
         bos_distance_BT=index_T - bos_BT,
         bos_is_self_BT=index_T == bos_BT,
+        position_BT=index_T.expand_as(bos_BT),
         inv_freq_F=None if rotary is None else rotary[0],
         layout=None if rotary is None else Layout(*rotary[1:]),
         shared={name: each.double() for name, each in (call.options.get(SHARED) or {}).items()},

@@ -104,7 +104,7 @@ class Problem:
     def __init__(self, shape: Shape, kind: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         dtype, self.kind = getattr(torch, shape.dtype), kind
-        self.site = Site(0, shape.heads, shape.head_dim, shape.heads * shape.head_dim)
+        self.site = Site(0, shape.heads, shape.head_dim, shape.heads * shape.head_dim, shape.head_dim)
         queries = 1 if kind == "decode" else shape.length
 
         def normal(heads: int, rows: int) -> Tensor:

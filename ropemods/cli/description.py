@@ -42,7 +42,7 @@ def describe(name: str, *, trust_remote_code: bool) -> dict[str, Any]:
     mods, strength = ([], {}) if found is None else (found.mods, found.strength)
     kept, total = _stored(Path(name), "model*" if adapter is None else "adapter_model*", mods)
     for mod in mods:
-        if mod.trains and total is not None and mod.kind not in kept:
+        if mod.has_parameters and total is not None and mod.kind not in kept:
             notes.append(f"{mod.kind} has parameters, and the weights hold none: this was saved incompletely")
     loads, why = _stock_adapter_loads(mods) if adapter is not None else _stock_loads(name, mods, strength)
     return {
@@ -112,7 +112,7 @@ def _stored(folder: Path, files: str, mods: list[Mod]) -> tuple[dict[str, int], 
 
 def _fixed(mods: list[Mod]) -> set[str]:
     """What the layers' stages store beside their parameters, such as where a sink began."""
-    stages = {mod.kind: mod.stage(Site(0, 1, 1, 1)) for mod in mods}
+    stages = {mod.kind: mod.stage(Site(0, 1, 1, 1, 1)) for mod in mods}
     return {
         f"{kind}.{name}"
         for kind, stage in stages.items()

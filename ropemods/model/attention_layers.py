@@ -76,6 +76,7 @@ class AttentionSite:
             bos_column_BN=bos.column_BN - forgotten,
             bos_distance_BT=bos.distance_BT,
             bos_is_self_BT=bos.is_self_BT,
+            position_BT=bos.distance_BT + bos.position_BN,
             inv_freq_F=inv_freq,
             layout=self.layout,
             shared=shared or {},
@@ -133,6 +134,12 @@ def head_dim_of(layer: nn.Module) -> int:
             return getattr(layer, name)
     config = layer.config
     return getattr(config, "head_dim", None) or config.hidden_size // heads_of(layer)  # type: ignore[union-attr]
+
+
+def key_dim_of(layer: nn.Module) -> int:
+    """Channels of a head's query and key."""
+    own = getattr(layer, "qk_head_dim", None)
+    return own if isinstance(own, int) else head_dim_of(layer)
 
 
 HIDDEN = "ropemods_hidden"

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropemods.mods import Mod, mod_from_json
 from ropemods.mods.base import Edits, Layout, edited
-from ropemods.mods.unrotated_bos import turned_back
+from ropemods.mods.bos_column import turned_back
 
 KEPT = "ropemods_stock_"
 BUFFERS = ("inv_freq", "original_inv_freq", "long_inv_freq")

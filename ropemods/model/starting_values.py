@@ -6,7 +6,7 @@ The batch is token ids (B, T): rows of one length, each BOS first, without paddi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ropemods.model.attention_layers import AttentionSite, Stages, attention_lay
 from ropemods.model.partition import home
 from ropemods.model.short_pass import in_full_precision, quietly
 from ropemods.mods import Mod
-from ropemods.mods.base import Call
+from ropemods.mods.base import Call, Stage
 
 
 def checked(model: PreTrainedModel, mods: Sequence[Mod], batch: Any) -> Tensor:
@@ -84,6 +84,16 @@ def _padded(ids_BT: Tensor, config: Any) -> tuple[int, int, int] | None:
 
 def calibrate(model: PreTrainedModel, ids_BT: Tensor) -> None:
     """Let every stage choose initial values from what the unmodified model does on a batch."""
+    _show(model, ids_BT, lambda stage, rows, call: stage.calibrate(rows, call))
+
+
+def read_bos(model: PreTrainedModel) -> None:
+    """Let stages take what the unmodified model makes of a sequence that is its BOS token alone."""
+    ids_BT = torch.tensor([[model.ropemods_attached.bos_token_id]], device=home(model))
+    _show(model, ids_BT, lambda stage, rows, call: stage.read_bos(rows, call))
+
+
+def _show(model: PreTrainedModel, ids_BT: Tensor, to: Callable[[Stage, Rows, Call], None]) -> None:
     layers = {layer.ropemods_site.layer: layer for _, layer in attention_layers(model)}
 
     def show(site: AttentionSite, rows: Rows, call: Call, _: Tensor | None) -> None:
@@ -93,10 +103,10 @@ def calibrate(model: PreTrainedModel, ids_BT: Tensor) -> None:
         if call.bos_column_BN is None:
             raise ValueError(
                 f"{type(model).__name__} does not hand keyword arguments down to its attention layers, so what BOS had "
-                "there cannot be read; leave the calibration out, or give the modifications numbers to start from"
+                "there cannot be read; give the modifications numbers to start from, or leave them out"
             )
         for _, stage in stages.stages():
-            stage.calibrate(rows, call)
+            to(stage, rows, call)
 
     attached = model.ropemods_attached
     before, attached.bos_active = attached.bos_active, attached.bos_token_id is not None

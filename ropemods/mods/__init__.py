@@ -10,8 +10,10 @@ from torch import nn
 
 from ropemods.mods import outside
 from ropemods.mods.adaptive_temperature import AdaptiveTemperature
+from ropemods.mods.anchored_bos import AnchoredBos
 from ropemods.mods.base import Mod
 from ropemods.mods.dropped_rope import DroppedRoPE
+from ropemods.mods.keyed_sink import KeyedSink
 from ropemods.mods.learned_sink import LearnedSink
 from ropemods.mods.log_temperature import LogTemperature
 from ropemods.mods.output_gate import OutputGate
@@ -28,7 +30,9 @@ MODS: tuple[type[Mod], ...] = (
     ScaleInvariant,
     ReplacedBos,
     UnrotatedBos,
+    AnchoredBos,
     LearnedSink,
+    KeyedSink,
     OutputGate,
 )
 
@@ -139,7 +143,9 @@ def recordable(mod: Mod) -> str | None:
 
 __all__ = [
     "AdaptiveTemperature",
+    "AnchoredBos",
     "DroppedRoPE",
+    "KeyedSink",
     "LearnedSink",
     "LogTemperature",
     "Mod",

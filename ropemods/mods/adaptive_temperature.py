@@ -12,6 +12,11 @@ are offsets from `coefficients` in units of β at the peak, coefficient_k = publ
 equal steps in each offset move β about equally, weight decay pulls towards the published rule, and half precision
 does not round the rule itself.
 
+The published rule was found on models trained without it, and is no start for one that is trained already: SmolLM2-135M
+loses 23% by it (evals/results/untrained.json). `start="model"` begins at β = 1 for every entropy, and lets training
+leave it: the polynomial is 1 + Σ offset_k (H / 4.412)^k, without the corner at 0.5 and without the floor at 1, which
+would have no gradient there.
+
 Strength: β ← 1 + strength · (β − 1). Cost: one more attention pass for the entropy, forward and backward.
 A decoded token computes the entropy of its one row, so cached decoding equals the full pass.
 """
@@ -48,9 +53,18 @@ class AdaptiveTemperature(Mod):
     """Past the peak of P: follow it down, or hold its value."""
     trainable: Literal[False, "shared", "layer", "head"] = False
     spare_bos: bool = False
+    start: Literal["paper", "model"] = "paper"
+    """What the polynomial is before anything has trained: the rule, or 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start == "model":
+            if not self.trainable or self.coefficients != PUBLISHED:
+                raise ValueError(
+                    "adaptive_temperature: start='model' is β = 1 until it has trained, whatever the coefficients; "
+                    "leave them out, and say trainable='head', 'layer' or 'shared'"
+                )
+            return
         if len(self.coefficients) < 2:
             raise ValueError(f"adaptive_temperature: coefficients must be two or more, not {self.coefficients!r}")
         if self.peak() is None:
@@ -72,11 +86,16 @@ class AdaptiveTemperature(Mod):
         return round(float(entropy[value.argmax()]), 3) if value.max() > 1 else None
 
     @property
+    def first(self) -> tuple[float, ...]:
+        """The coefficients that nothing has trained."""
+        return self.coefficients if self.start == "paper" else (*(0.0 for _ in self.coefficients[1:]), 1.0)
+
+    @property
     def needs_bos(self) -> bool:
         return self.spare_bos
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         return bool(self.trainable)
 
     def stage(self, site: Site) -> Stage:
@@ -95,7 +114,7 @@ class TemperatureStage(Stage):
     def __init__(self, mod: AdaptiveTemperature, heads: int) -> None:
         super().__init__()
         self.mod = mod
-        self.hold_from = mod.peak() if mod.beyond == "hold" else None
+        self.hold_from = (mod.peak() if mod.start == "paper" else PEAK) if mod.beyond == "hold" else None
         count = len(mod.coefficients)
         self.register_buffer("published", torch.zeros(1, count), persistent=False)
         self.register_buffer("unit", torch.zeros(1, count), persistent=False)
@@ -108,7 +127,7 @@ class TemperatureStage(Stage):
         if self.published.is_meta:
             return
         count, device = len(self.mod.coefficients), self.published.device
-        self.published = torch.tensor([self.mod.coefficients], dtype=torch.float64, device=device)
+        self.published = torch.tensor([self.mod.first], dtype=torch.float64, device=device)
         powers = torch.arange(count - 1, -1, -1, dtype=torch.float64, device=device)
         self.unit = (PEAK**-powers).unsqueeze(0)
 
@@ -130,7 +149,21 @@ class TemperatureStage(Stage):
         coefficients = self.published
         if offsets is not None:
             coefficients = coefficients + offsets * self.unit
-        return EntropyScale(coefficients, self.strength, self.hold_from, spares_column=self.mod.spare_bos)
+        return EntropyScale(
+            coefficients,
+            self.strength,
+            self.hold_from,
+            spares_column=self.mod.spare_bos,
+            cornered=self.mod.start == "paper",
+        )
+
+    def learned(self) -> str | None:
+        if not hasattr(self, "offsets"):
+            return None
+        entropy = torch.arange(1.0, 7.0, device=self.offsets.device).expand(1, len(self.offsets), -1)
+        with torch.no_grad():
+            beta = self.rule(Call())._replace(strength=torch.ones_like(self.strength)).beta(entropy).mean((0, 1))
+        return "β at H = 1 … 6: " + ", ".join(f"{value:.3f}" for value in beta.tolist())
 
     def naive(self, row: PlainRow, call: Call) -> None:
         self.rule(call).naive(row)

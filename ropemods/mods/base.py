@@ -46,6 +46,8 @@ class Call(NamedTuple):
     """Position of the query minus the position of its BOS."""
     bos_is_self_BT: Tensor | None = None
     """True where a query is itself the BOS."""
+    position_BT: Tensor | None = None
+    """Of each query, as the rotary tables count positions; known where the BOS is."""
     inv_freq_F: Tensor | None = None
     layout: Layout | None = None
     shared: dict[str, Tensor] = {}
@@ -71,6 +73,8 @@ class Site(NamedTuple):
     """Of values, which is that of the heads' output."""
     hidden: int
     """Channels of what the layer is given."""
+    key_dim: int
+    """Of queries and keys."""
 
 
 class Stage(nn.Module):
@@ -122,6 +126,14 @@ class Stage(nn.Module):
         """What it does to one row that is written out, its output included."""
         raise NotImplementedError(f"{type(self).__name__}.naive: what it does to one row, by the formula")
 
+    def learned(self) -> str | None:
+        """What training or calibration has made of it, in a few words and numbers, for a summary."""
+        return None
+
+    def read_bos(self, rows: Rows, call: Call) -> None:
+        """Take initial values from the stock model's pass over the BOS token alone, where the modification
+        `copies_bos`."""
+
     def calibrate(self, rows: Rows, call: Call) -> None:
         """Choose initial values from a batch that the stock model has read; most stages have none to choose."""
 
@@ -153,13 +165,18 @@ class Mod:
         return False
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         """Whether it has parameters of its own."""
         return False
 
     @property
     def calibrates(self) -> bool:
         """Whether it chooses initial values from a calibration batch."""
+        return False
+
+    @property
+    def copies_bos(self) -> bool:
+        """Whether it takes initial values from what the model makes of the BOS token, which needs no text."""
         return False
 
     def gentler(self) -> tuple[Mod, ...]:

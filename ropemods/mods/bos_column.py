@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropemods.attention.rows import Rows, dot_with_bos, soft_capped
+from ropemods.attention import eager
+from ropemods.attention.rows import Rows, dot_with_bos, soft_capped, wide
 from ropemods.attention.terms import Column
-from ropemods.mods.base import Call
+from ropemods.mods.base import Call, Layout
+
+NEARNESS = tuple(sorted({2**k for k in range(17)} | {3 * 2**k for k in range(16)}))
+"""Offsets that are tried where one is chosen: dense near the BOS, where a step of the offset turns a query most."""
 
 
 def with_bos_column(rows: Rows, call: Call) -> Rows:
@@ -39,3 +43,50 @@ def bos_key(rows: Rows, call: Call) -> Tensor:
     assert call.bos_column_BN is not None
     index = call.bos_column_BN.clamp(min=0)[:, None, :, None].expand(batch, groups, -1, dim)
     return rows.k_BGSD.gather(2, index)
+
+
+def turned(rows: Rows, call: Call, turn_BT: Tensor) -> Tensor:
+    """The queries (B, H, T, D), wide, as if each stood so many tokens further back; where nothing turns them (no table
+    for the layer), as they are."""
+    q_BHTD = rows.q_BHTD.to(wide(rows.q_BHTD.dtype))
+    if call.inv_freq_F is None or call.layout is None:
+        return q_BHTD
+    angle_BTF = turn_BT.to(q_BHTD.dtype).unsqueeze(-1) * call.inv_freq_F.to(q_BHTD.dtype)
+    return turned_back(q_BHTD, angle_BTF.unsqueeze(1), call.layout)
+
+
+def turned_back(x: Tensor, angle: Tensor, layout: Layout) -> Tensor:
+    """The rotary channels of x turned clockwise by `angle` (…, F); the other channels stay."""
+    width = 2 * angle.shape[-1]
+    before, rotary, after = x.tensor_split([layout.start, layout.start + width], dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    if layout.interleaved:
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
+    else:
+        first, second = rotary.chunk(2, dim=-1)
+    first, second = first * cos + second * sin, second * cos - first * sin
+    if layout.interleaved:
+        turned = torch.stack((first, second), -1).flatten(-2)
+    else:
+        turned = torch.cat((first, second), -1)
+    return torch.cat((before, turned, after), -1)
+
+
+@torch.no_grad()
+def offset_of_least_change(rows: Rows, call: Call) -> int:
+    """Of a batch that the stock model reads: the offset at which scoring the BOS for every query changes the mass that
+    rows give it least, in the mean square over heads and later queries."""
+    rows = with_bos_column(rows, call)
+    assert rows.column is not None and call.bos_distance_BT is not None
+    _, _, log_rest = eager.attend(rows._replace(column=rows.column.closed()))
+    seen = ~rows.column.is_self_BT[:, None, :] & log_rest.isfinite()
+    mass = torch.sigmoid(rows.column.logit_BHT - log_rest)
+    key, distance_BT = bos_key(rows, call), call.bos_distance_BT
+    longest = max(int(distance_BT.max()), 1)
+
+    def change(offset: int) -> float:
+        query_BHTD = turned(rows, call, distance_BT - offset)
+        logit = soft_capped(dot_with_bos(query_BHTD, key, rows.scale), rows.softcap)
+        return float(torch.where(seen, torch.sigmoid(logit - log_rest) - mass, 0.0).square().sum())
+
+    return min((offset for offset in NEARNESS if offset <= longest), key=change)

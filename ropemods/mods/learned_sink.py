@@ -53,7 +53,7 @@ class LearnedSink(Mod):
         return not self.read_bos
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         return True
 
     @property

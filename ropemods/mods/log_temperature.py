@@ -53,7 +53,7 @@ class LogTemperature(Mod):
             raise ValueError("log_temperature: with a scale of 0 nothing would change; give a number, or 'head'")
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         return isinstance(self.scale, str)
 
     @property
@@ -92,6 +92,12 @@ class LogTemperatureStage(Stage):
         beta = 1 + self.alpha * (beta - 1)
         row.scales.append((beta, beta))
 
+    def learned(self) -> str | None:
+        if not hasattr(self, "moved"):
+            return None
+        scale = self.mod.first + self.moved.detach().float()
+        return f"s = {scale.mean():.3f} ({scale.min():.3f} to {scale.max():.3f})"
+
     @property
     def base(self) -> float:
         return 0.0 if self.mod.start == "log" else 1.0
@@ -105,7 +111,7 @@ class LogTemperatureStage(Stage):
 
     def scale_H(self, call: Call, dtype: torch.dtype) -> Tensor:
         """s: one, or one a head."""
-        if not self.mod.trains:
+        if not self.mod.has_parameters:
             return self.strength.new_full((1,), self.mod.first, dtype=dtype)
         moved = call.shared[self.mod.kind] if self.mod.scale == "shared" else self.moved
         return self.mod.first + moved.to(dtype)

@@ -32,7 +32,7 @@ class OutputGate(Mod):
     per: Literal["head", "channel"] = "head"
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         return True
 
     @property

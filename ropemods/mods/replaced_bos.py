@@ -70,10 +70,11 @@ class ReplacedBos(Mod):
         if set().union(*(other.acts_on(layer_count) for other in closing)) != set(range(layer_count)):
             return None
         closer = type(closing[0]).__name__
+        other_form = f"use {closer}(read_bos=True), " if hasattr(closing[0], "read_bos") else ""
         return (
             f"ReplacedBos changes what later tokens read at BOS and {closer} closes that column to them in every "
-            f"layer, so the first would reach no later token; use {closer}(read_bos=True), leave a layer open with "
-            "layers=, or leave ReplacedBos out"
+            f"layer, so the first would reach no later token; {other_form}leave a layer open with layers=, or leave "
+            "ReplacedBos out"
         )
 
     def export_obstacle(self) -> str | None:

@@ -43,7 +43,7 @@ class ScaleInvariant(Mod):
             raise ValueError(f"scale_invariant: tau is a distance in tokens, above 0, not {self.tau:g}")
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         return self.start == "model"
 
     def stage(self, site: Site) -> Stage:
@@ -54,7 +54,7 @@ class ScaleInvariantStage(Stage):
     def __init__(self, mod: ScaleInvariant, heads: int) -> None:
         super().__init__()
         self.mod = mod
-        if mod.trains:
+        if mod.has_parameters:
             self.gate = nn.Parameter(torch.zeros(heads))
 
     def forward(self, rows: Rows, call: Call) -> Rows:
@@ -65,8 +65,12 @@ class ScaleInvariantStage(Stage):
         if row.columns:
             self.term(torch.arange(row.columns[-1] + 1, dtype=torch.float64)).naive(row)
 
+    def learned(self) -> str | None:
+        gate = getattr(self, "gate", None)
+        return None if gate is None else f"g = {gate.mean():.3f} ({gate.min():.3f} to {gate.max():.3f})"
+
     def term(self, offset_O: Tensor) -> OffsetBias:
-        gate = self.gate if self.mod.trains else self.strength.new_ones(1)
+        gate = self.gate if self.mod.has_parameters else self.strength.new_ones(1)
         gate_H1 = (self.strength * gate).to(offset_O.dtype)[:, None]
         apart_O = torch.log1p(offset_O / self.mod.tau)
         return OffsetBias(1 + gate_H1 * ((2 * apart_O + 1).sqrt() - 1), -2 * gate_H1 * apart_O)

@@ -15,13 +15,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ropemods.attention.plain_row import PlainRow, rotate
 from ropemods.attention.rows import Rows, dot_with_bos, soft_capped, wide
-from ropemods.mods.base import Call, Layout, Mod, Site, Stage
-from ropemods.mods.bos_column import bos_key, with_bos_column
+from ropemods.mods.base import Call, Mod, Site, Stage
+from ropemods.mods.bos_column import bos_key, turned, with_bos_column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +42,13 @@ class UnrotatedBos(Mod):
         for other in (other for other in others if other.closes_bos):
             if both := sorted(own & other.acts_on(layer_count)):
                 rest = sorted(own - set(both))
-                instead = f"give UnrotatedBos the layers {rest} alone" if rest else "leave UnrotatedBos out"
+                name, closing = type(self).__name__, type(other).__name__
+                instead = f"give {name} the layers {rest} alone" if rest else f"leave {name} out"
+                if hasattr(other, "read_bos"):
+                    instead = f"use {closing}(read_bos=True), or {instead}"
                 return (
-                    f"UnrotatedBos rescores the BOS column and {type(other).__name__} closes it, in layers {both} "
-                    f"both, where the first would do nothing; use {type(other).__name__}(read_bos=True), or {instead}"
+                    f"{name} rescores the BOS column and {closing} closes it, in layers {both} both, where the first "
+                    f"would do nothing; {instead}"
                 )
         return None
 
@@ -55,14 +57,15 @@ class UnrotatedBos(Mod):
 
 
 class UnrotatedBosStage(Stage):
+    def back(self) -> Tensor | int:
+        """The offset at which the BOS is scored."""
+        return 0
+
     def forward(self, rows: Rows, call: Call) -> Rows:
         rows = with_bos_column(rows, call)
         assert rows.column is not None and call.bos_distance_BT is not None
-        assert call.inv_freq_F is not None and call.layout is not None
-        dtype = wide(rows.q_BHTD.dtype)
-        turn = self.strength.to(dtype) * call.bos_distance_BT.to(dtype)
-        angle_BTF = turn.unsqueeze(-1) * call.inv_freq_F.to(dtype)
-        q_BHTD = turned_back(rows.q_BHTD.to(dtype), angle_BTF.unsqueeze(1), call.layout)
+        strength = self.strength.to(wide(rows.q_BHTD.dtype))
+        q_BHTD = turned(rows, call, strength * (call.bos_distance_BT - self.back()).to(strength.dtype))
         logit = soft_capped(dot_with_bos(q_BHTD, bos_key(rows, call), rows.scale), rows.softcap)
         return rows.plus(rows.column._replace(logit_BHT=logit))
 
@@ -70,23 +73,7 @@ class UnrotatedBosStage(Stage):
         assert call.bos_distance_BT is not None and call.inv_freq_F is not None
         if row.bos is None:
             return
-        angle_F = -self.alpha * call.bos_distance_BT[row.at[::2]].double() * call.inv_freq_F.double()
+        turn = self.alpha * (call.bos_distance_BT[row.at[::2]] - self.back()).double()
+        angle_F = -turn * call.inv_freq_F.double()
         turned_D = rotate(row.query_D, angle_F, call.layout)
         row.bos_logit = row.capped(row.scale * (turned_D * row.keys_ND[row.bos]).sum())
-
-
-def turned_back(x: Tensor, angle: Tensor, layout: Layout) -> Tensor:
-    """The rotary channels of x turned clockwise by `angle` (…, F); the other channels stay."""
-    width = 2 * angle.shape[-1]
-    before, rotary, after = x.tensor_split([layout.start, layout.start + width], dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    if layout.interleaved:
-        first, second = rotary[..., 0::2], rotary[..., 1::2]
-    else:
-        first, second = rotary.chunk(2, dim=-1)
-    first, second = first * cos + second * sin, second * cos - first * sin
-    if layout.interleaved:
-        turned = torch.stack((first, second), -1).flatten(-2)
-    else:
-        turned = torch.cat((first, second), -1)
-    return torch.cat((before, turned, after), -1)

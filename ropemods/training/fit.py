@@ -104,7 +104,7 @@ def fit(
         seed=seed,
         # Parameters of a modification at strength 0 take no part in the loss, which DDP has to be told.
         ddp_find_unused_parameters=recipe.training.get(
-            "ddp_find_unused_parameters", mods and any(mod.trains for mod in recipe.mods)
+            "ddp_find_unused_parameters", mods and any(mod.has_parameters for mod in recipe.mods)
         ),
     )
     trainer = Trainer(

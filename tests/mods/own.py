@@ -39,7 +39,7 @@ class Shifted(rm.Mod):
     names: tuple[str, ...] = ()
 
     @property
-    def trains(self) -> bool:
+    def has_parameters(self) -> bool:
         return True
 
     def stage(self, site: Site) -> Stage:

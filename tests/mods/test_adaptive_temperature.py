@@ -21,7 +21,30 @@ class TestContract(ModContract):
         "head-hold": [AdaptiveTemperature(trainable="head", beyond="hold")],
         "shared-spare": [AdaptiveTemperature(trainable="shared", spare_bos=True)],
         "one-layer": [AdaptiveTemperature(trainable="layer", layers=[-1])],
+        "from the model": [AdaptiveTemperature(trainable="head", start="model")],
     }
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("trainable", ["head", "layer", "shared"])
+def test_from_the_model_it_is_the_model_until_it_trains_and_says_what_it_learned(backend: str, trainable: str) -> None:
+    ids, mod = zoo.tokens(), AdaptiveTemperature(trainable=trainable, start="model")
+    model = rm.apply(zoo.build("llama", backend), mod)
+    close(model(ids).logits, zoo.build("llama", backend)(ids).logits, 1e-6)
+    model(input_ids=ids, labels=ids).loss.backward()
+    offsets = [p for name, p in model.named_parameters() if name.endswith("offsets")]
+    assert all((p.grad.abs() > 0).any() for p in offsets)
+    if trainable != "shared":
+        with torch.no_grad():
+            offsets[0][:, -2] = 0.4412  # 0.1 · H
+        line = "layer 0: β at H = 1 … 6: 1.100, 1.200, 1.300, 1.400, 1.500, 1.600"
+        assert line in rm.summary(model) and "layer 1: β at H = 1 … 6: 1.000, 1.000" in rm.summary(model)
+
+
+def test_from_the_model_takes_no_coefficients_and_must_train() -> None:
+    for options in ({}, {"trainable": "head", "coefficients": (1.0, 2.0)}):
+        with pytest.raises(ValueError, match="until it has trained"):
+            AdaptiveTemperature(start="model", **options)
 
 
 def beta(entropy: float, *, hold_from: float | None = None, strength: float = 1.0) -> float:

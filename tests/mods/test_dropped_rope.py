@@ -10,6 +10,7 @@ from tests.contract import ModContract, close
 
 
 class TestContract(ModContract):
+    everywhere = False
     variants = {
         "all": [DroppedRoPE()],
         "every second": [DroppedRoPE(every=2)],

@@ -14,6 +14,7 @@ from tests.contract import ModContract, close
 
 
 class TestContract(ModContract):
+    everywhere = False
     variants = {
         "head": [LogTemperature(neutral=4)],
         "log": [LogTemperature("layer", start="log", neutral=16)],

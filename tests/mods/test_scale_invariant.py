@@ -13,6 +13,7 @@ from tests.contract import ModContract, close
 
 
 class TestContract(ModContract):
+    everywhere = False
     backends = ("eager",)
     variants = {
         "model": [ScaleInvariant()],
