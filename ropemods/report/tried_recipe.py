@@ -60,7 +60,9 @@ def recipe(tries: Tries, given: Mapping[str, Any]) -> str:
         "save_strategy": "no",
     }
     order = {"model_name_or_path": None, "data": None}
-    return _heading(tries) + yaml.safe_dump({**order, **values, **given}, sort_keys=False, allow_unicode=True)
+    merged = {**order, **values, **given}
+    written = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, default_flow_style=None, width=118)
+    return _heading(tries) + written
 
 
 def _held_out(tokens: int, length: int, wanted: int) -> tuple[float, int]:
