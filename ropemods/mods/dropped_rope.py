@@ -39,6 +39,10 @@ class DroppedRoPE(Mod):
                 "layers, or neither for all of them"
             )
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return (cls(every=4),)
+
     @property
     def for_some_layers(self) -> bool:
         return super().for_some_layers or self.every not in (None, 1)

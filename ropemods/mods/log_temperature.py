@@ -52,6 +52,10 @@ class LogTemperature(Mod):
         if self.scale == 0:
             raise ValueError("log_temperature: with a scale of 0 nothing would change; give a number, or 'head'")
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return ()  # it starts at the model, so there is nothing to see before it has trained
+
     @property
     def has_parameters(self) -> bool:
         return isinstance(self.scale, str)

@@ -31,6 +31,10 @@ class OutputGate(Mod):
 
     per: Literal["head", "channel"] = "head"
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return ()  # it starts at the model, so there is nothing to see before it has trained
+
     @property
     def has_parameters(self) -> bool:
         return True

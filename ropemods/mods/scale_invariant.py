@@ -42,6 +42,10 @@ class ScaleInvariant(Mod):
         if self.tau <= 0:
             raise ValueError(f"scale_invariant: tau is a distance in tokens, above 0, not {self.tau:g}")
 
+    @classmethod
+    def worth_trying(cls) -> tuple[Mod, ...]:
+        return ()  # it starts at the model, so there is nothing to see before it has trained
+
     @property
     def has_parameters(self) -> bool:
         return self.start == "model"
