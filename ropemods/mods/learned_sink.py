@@ -66,7 +66,7 @@ class LearnedSink(Mod):
 
     @classmethod
     def worth_trying(cls) -> tuple[Mod, ...]:
-        return cls(), cls(init=0.0), cls(raised=2.0)
+        return cls(), cls(init=0.0)
 
     def gentler(self) -> tuple[Mod, ...]:
         numbers = [dataclasses.replace(self, init=0.0, raised=0.0, read_bos=read) for read in (self.read_bos, True)]

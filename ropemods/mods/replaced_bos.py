@@ -55,7 +55,7 @@ class ReplacedBos(Mod):
 
     @classmethod
     def worth_trying(cls) -> tuple[Mod, ...]:
-        return cls(by="mean"), cls(by="zero"), cls(by="noise")
+        return cls(by="mean"), cls(by="zero")
 
     @property
     def needs_bos(self) -> bool:
