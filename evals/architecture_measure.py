@@ -19,7 +19,7 @@ import ropemods as rm
 from evals import tiny_configs
 from evals.architecture_subject import Refused, Subject
 from ropemods.model.attention_function import observed
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 
 SEEDS = 0, 1
 """A residual of 0 misses its 99% interval once in a hundred, and two independent ones once in ten thousand."""
@@ -105,8 +105,8 @@ def position_in_layer_0(model: PreTrainedModel) -> str | None:
             logits.append((rows.q_BHTD @ key.transpose(2, 3) * rows.scale)[..., :16].double())
             queries.append(rows.q_BHTD)
 
-    with torch.no_grad(), listening(model) as listened, observed(look, of=model, want_lse=False):
-        first = listened.sites[0]
+    with torch.no_grad(), observing(model) as observation, observed(look, of=model, want_lse=False):
+        first = observation.sites[0]
         for each in (ids, other):
             model(input_ids=each, use_cache=False)
     inner = logits[0][..., 1:, 1:].tril()

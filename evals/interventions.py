@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropemods as rm
 from evals.claim import Cells, Learned
-from ropemods.leakage.documents import Documents, joined, read_documents
+from ropemods.leakage.documents import Documents, join_short, read_documents
 from ropemods.leakage.interventions import NAMES
 from ropemods.report.records import Estimate, Intervention
 from ropemods.report.report import Report
@@ -45,7 +45,7 @@ def text(name: str, data: Path, length: int) -> Documents:
     if name == "stories260K":
         # A story is about as long as a crop, so stories are joined; the model was trained on packed ones.
         stories = read_documents(data / "text" / "tinystories.txt")
-        return joined(stories, characters=16 * length)
+        return join_short(stories, characters=16 * length)
     parts = [read_documents(data / "text" / f"{each}.valid.jsonl.xz") for each in ("books", "prose")]
     return Documents([each for part in parts for each in part.texts], "books.valid and prose.valid")
 

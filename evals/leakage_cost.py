@@ -36,7 +36,7 @@ from ropemods.leakage.capture import capture, forward, losses
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.protocol import Protocol
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 
 LENGTH, SEED = 2048, 0
 __all__ = ["PROTOCOL", "learned", "run", "section"]
@@ -103,8 +103,8 @@ def plain(model: PreTrainedModel, crops: Crops) -> None:
 
 
 def measured(model: PreTrainedModel, crops: Crops) -> None:
-    with listening(model) as listened:
-        capture(listened, crops, crops.protocol)
+    with observing(model) as observation:
+        capture(observation, crops, crops.protocol)
 
 
 @torch.no_grad()
@@ -239,8 +239,8 @@ def times(name: str, data: Path, protocol: dict[str, Any]) -> dict[str, Any]:
 def whole_over_pass(model: PreTrainedModel, crops: Crops) -> float:
     """The time of pass and estimates together over that of the pass alone: what the bootstrap adds."""
     start = time.process_time()
-    with listening(model) as listened:
-        sums, _ = capture(listened, crops, crops.protocol)
+    with observing(model) as observation:
+        sums, _ = capture(observation, crops, crops.protocol)
     middle = time.process_time()
     estimate(sums)
     return (time.process_time() - start) / (middle - start)

@@ -33,7 +33,7 @@ from ropemods.leakage.mask import PSI, interpolation
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
 from ropemods.model.attention_function import observed
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 from ropemods.training.text import is_held_out
 
 LENGTH, LONG, FAR = 256, 1024, 2048
@@ -242,8 +242,8 @@ class Bench:
         """Early residual, total and perhaps mask, over layers 1 and up, and the loss."""
         crops = crops_of(self.tokens(name), protocol)
         sums = Sums(protocol)
-        with listening(model) as listened:
-            observer = Observer(listened, sums, everything=protocol.mask_term)
+        with observing(model) as observation:
+            observer = Observer(observation, sums, everything=protocol.mask_term)
             with observed(observer, of=model, want_lse=True):
                 for tokens_BT in read(crops, protocol, sums, observer, progress=None):
                     sums.add_loss(observer.groups_B, losses(forward(model, tokens_BT), tokens_BT))

@@ -32,10 +32,10 @@ from evals.tight_loop import held_out_texts
 from ropemods.attention.rows import Rows
 from ropemods.leakage.capture import forward
 from ropemods.leakage.crops import make_crops
-from ropemods.leakage.documents import Documents, joined, read_documents
+from ropemods.leakage.documents import Documents, join_short, read_documents
 from ropemods.model.attention_function import observed
 from ropemods.model.attention_layers import AttentionSite
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 from ropemods.mods.base import Call, Layout
 
 GIVEN = ("stories260K", "prose3M")
@@ -62,7 +62,7 @@ def given(name: str, data: Path, p: dict[str, Any]) -> dict[str, Any]:
     documents = held_out_texts(data, "all")
     if name == "stories260K":
         # A story is about as long as a crop, so stories are joined.
-        documents = joined(read_documents(data / "text" / "tinystories.txt"), characters=16 * p["length"])
+        documents = join_short(read_documents(data / "text" / "tinystories.txt"), characters=16 * p["length"])
     return pairs(
         AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), documents, p
     )
@@ -73,11 +73,11 @@ def pairs(model: nn.Module, tokenizer: Any, documents: Documents, p: dict[str, A
     """Mean norm of every pair, {side: [L][heads][F]}, fastest band first."""
     crops = make_crops(documents, tokenizer, rm.Protocol(sequences=p["crops"], length=p["length"]))
     sums: dict[tuple[int, str], Tensor] = {}
-    with listening(model) as listened:
-        layout, table = listened.layout, listened.tables[0]
+    with observing(model) as observation:
+        layout, table = observation.layout, observation.tables[0]
         if layout is None or table is None:
             raise ValueError("usage by frequency needs a model whose rotary channels are known; leave this one out")
-        width, order = 2 * table.live().shape[-1], {id(site): n for n, site in enumerate(listened.sites)}
+        width, order = 2 * table.live().shape[-1], {id(site): n for n, site in enumerate(observation.sites)}
 
         def observe(site: AttentionSite, rows: Rows, call: Call, lse_BHT: Tensor | None) -> None:
             for side, x_BHTD in zip(SIDES, (rows.q_BHTD, rows.k_BGSD, rows.v_BGSD), strict=True):
@@ -88,7 +88,7 @@ def pairs(model: nn.Module, tokenizer: Any, documents: Documents, p: dict[str, A
         with observed(observe, of=model, want_lse=False):
             for part in crops.tokens_NT.split(16):
                 forward(model, part)
-        layers = range(len(listened.sites))
+        layers = range(len(observation.sites))
     tokens = crops.tokens_NT.numel()
     return {side: [(sums[layer, side] / tokens).tolist() for layer in layers] for side in SIDES}
 

@@ -279,7 +279,7 @@ class Penalized:
     def left(self, penalty: Tensor) -> None:
         self._penalty = self.weight * penalty
 
-    def joined(self, loss: Tensor, share: Tensor | float) -> Tensor:
+    def with_penalty(self, loss: Tensor, share: Tensor | float) -> Tensor:
         assert self.last is not None
         last = self.last = self.last._replace(loss=loss.detach(), penalty=self.last.penalty * share)
         said = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=loss.device) for x in (*last[:2], share, 1)])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import ropemods as rm
 from ropemods.model import attention_function
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 from tests import zoo
 from tests.contract import close
 
@@ -57,7 +57,7 @@ def test_a_change_that_takes_a_modification_off_is_an_error_at_the_next_call(cha
         elif called == "summary":
             rm.summary(model)
         elif called == "measured":
-            with listening(model):
+            with observing(model):
                 pass
         else:
             rm.export(model, tmp_path)

@@ -145,10 +145,10 @@ def _device(name: str | None) -> torch.device:
 def read(options: Subject, length: int, seed: int) -> Documents:
     """The documents, joined if that was asked for."""
     from ropemods.leakage.crops import EXCERPT
-    from ropemods.leakage.documents import joined, read_documents
+    from ropemods.leakage.documents import join_short, read_documents
 
     documents = read_documents(options.text, separator=options.separator, column=options.column, seed=seed)
-    return joined(documents, characters=EXCERPT * length, seed=seed) if options.join else documents
+    return join_short(documents, characters=EXCERPT * length, seed=seed) if options.join else documents
 
 
 def check_writable(*paths: str | None, read: Iterable[str] = ()) -> None:

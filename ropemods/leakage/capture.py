@@ -1,7 +1,7 @@
 """One streaming pass: the model reads crops, its attention is observed, and running sums are kept.
 
-    with listening(model) as listened:
-        sums = capture(listened, crops, protocol)
+    with observing(model) as observation:
+        sums = capture(observation, crops, protocol)
 
 Nothing that grows with T² is made, and nothing is kept of a batch but its sums, so memory is O(T) a head. Where whole
 rows are read (the grid), a batch is taken in parts that bound the working memory.
@@ -31,7 +31,7 @@ from ropemods.leakage.sums import Sums
 from ropemods.model.attention_function import observed
 from ropemods.model.attention_layers import AttentionSite
 from ropemods.model.non_finite import first_non_finite
-from ropemods.model.observation import Listened
+from ropemods.model.observation import Observation
 from ropemods.mods.base import Call, Layout
 
 AT_ONCE = 1 << 20
@@ -52,7 +52,7 @@ class Observer:
 
     def __init__(
         self,
-        listened: Listened,
+        observation: Observation,
         sums: Sums,
         *,
         everything: bool = True,
@@ -66,9 +66,9 @@ class Observer:
         """
         self.sums, self.protocol = sums, sums.protocol
         self.everything, self.change, self.reindex = everything, change, reindex
-        self.layout = listened.layout
-        self.tables = listened.tables
-        self.order = {id(site): n for n, site in enumerate(listened.sites)}
+        self.layout = observation.layout
+        self.tables = observation.tables
+        self.order = {id(site): n for n, site in enumerate(observation.sites)}
         self.groups_B = torch.empty(0, dtype=torch.long)
         self.narrow: set[int] = set()
         self._checked: set[int] = set()
@@ -136,7 +136,7 @@ class Observer:
 
 @torch.no_grad()
 def capture(
-    listened: Listened,
+    observation: Observation,
     crops: Crops,
     protocol: Protocol,
     *,
@@ -151,11 +151,11 @@ def capture(
     bar that rank 0 shows on a terminal; None shows none. `options` go to `Observer`.
     """
     rank, world = ranks()
-    model = listened.model if model is None else model
-    sums = Sums(protocol, distributed=world > 1, device=_home(listened, protocol))
-    observer = Observer(listened, sums, everything=everything, **options)
+    model = observation.model if model is None else model
+    sums = Sums(protocol, distributed=world > 1, device=_home(observation, protocol))
+    observer = Observer(observation, sums, everything=everything, **options)
     wrong_BT = None
-    with observed(observer, of=listened.model, want_lse=True):
+    with observed(observer, of=observation.model, want_lse=True):
         for tokens_BT in read(crops.shard(rank, world), protocol, sums, observer, progress=progress):
             # The logits have no name, so that they are gone before the next batch needs as much again.
             if everything:
@@ -220,8 +220,8 @@ def losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _home(listened: Listened, protocol: Protocol) -> torch.device | None:
+def _home(observation: Observation, protocol: Protocol) -> torch.device | None:
     """Where sums are kept: with the layer, unless an accelerator would have to hold too much of them."""
-    heads = sum(site.heads for site in listened.sites)
+    heads = sum(site.heads for site in observation.sites)
     size = 4 * protocol.groups * protocol.length * (protocol.window + 1) * heads
     return torch.device("cpu") if size > ON_DEVICE else None

@@ -26,7 +26,7 @@ from ropemods.leakage.estimate import estimate
 from ropemods.leakage.interventions import plain
 from ropemods.leakage.known import Known, covered, planted, reindexed, toeplitz
 from ropemods.model import casts
-from ropemods.model.observation import Listened
+from ropemods.model.observation import Observation
 from ropemods.report.records import Control, Estimate, Term
 
 REPETITIONS = 200
@@ -42,16 +42,16 @@ SAME = 1e-4
 
 
 def run_controls(
-    listened: Listened, crops: Crops, model: nn.Module, terms: dict[str, Term] | None, progress: bool = False
+    observation: Observation, crops: Crops, model: nn.Module, terms: dict[str, Term] | None, progress: bool = False
 ) -> tuple[Control, ...]:
     """Every control, the synthetic ones first. `terms` are those measured of the model."""
     found = [*synthetic()]
     residual = None if terms is None else terms.get("residual")
-    if residual is not None and not _tempered(listened):
+    if residual is not None and not _tempered(observation):
         found.append(within("layer 0: residual", 0.0, residual.layers[0].all))
-    found += shuffled(listened, crops, model, progress)
-    found += shifted(listened, crops, model)
-    found.append(position_zero(listened, crops, model))
+    found += shuffled(observation, crops, model, progress)
+    found += shifted(observation, crops, model)
+    found.append(position_zero(observation, crops, model))
     return tuple(found)
 
 
@@ -98,16 +98,18 @@ def coverage(name: str, known: Known, repetitions: int) -> Control:
     )
 
 
-def shuffled(listened: Listened, crops: Crops, model: nn.Module, progress: bool = False) -> list[Control]:
+def shuffled(observation: Observation, crops: Crops, model: nn.Module, progress: bool = False) -> list[Control]:
     crops = plain(crops)
     reindex = reindexed(crops.protocol, crops.protocol.seed)
     title = "control" if progress else None
-    sums, _ = capture(listened, crops, crops.protocol, model=model, everything=False, reindex=reindex, progress=title)
+    sums, _ = capture(
+        observation, crops, crops.protocol, model=model, everything=False, reindex=reindex, progress=title
+    )
     return [within("queries in random order: residual", 0.0, estimate(sums).terms["residual"].all)]
 
 
 @torch.no_grad()
-def shifted(listened: Listened, crops: Crops, model: nn.Module) -> list[Control]:
+def shifted(observation: Observation, crops: Crops, model: nn.Module) -> list[Control]:
     """The largest change of a logit when all positions are c higher."""
     tokens_BT = crops.tokens_NT[:2]
     found = []
@@ -132,7 +134,7 @@ def _drift(model: nn.Module, tokens_BT: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def position_zero(listened: Listened, crops: Crops, model: nn.Module) -> Control:
+def position_zero(observation: Observation, crops: Crops, model: nn.Module) -> Control:
     """The largest difference, over prompts, of the logits at position 0."""
     logits_BTV = forward(model, crops.tokens_NT[:4])
     first_BV = logits_BTV[:, 0].float()
@@ -154,5 +156,5 @@ def _closure(name: str, mask: Estimate, total: Estimate) -> Control:
     return within(name, 0.0, Estimate(mask.value - total.value, low, high))
 
 
-def _tempered(listened: Listened) -> bool:
-    return any("adaptive_temperature" in site.kinds and site.active for site in listened.sites)
+def _tempered(observation: Observation) -> bool:
+    return any("adaptive_temperature" in site.kinds and site.active for site in observation.sites)

@@ -118,7 +118,7 @@ def without_copies(documents: Documents) -> Documents:
     return Documents(list(kept.values()), documents.source, (*documents.notes, note))
 
 
-def joined(documents: Documents, *, characters: int, seed: int = 0) -> Documents:
+def join_short(documents: Documents, *, characters: int, seed: int = 0) -> Documents:
     """Long documents made of short ones, in random order, a blank line between two.
 
     Each text goes into one joined document only, so the joined ones are as independent as the texts.

@@ -46,7 +46,7 @@ from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.reading import bos_mass
 from ropemods.leakage.sums import Sums
 from ropemods.model import variants
-from ropemods.model.observation import Listened
+from ropemods.model.observation import Observation
 from ropemods.report.records import Estimate, Intervention, Term
 
 SWAPS = ("zero", "mean", "noise", "none")
@@ -60,7 +60,7 @@ _STREAM = 5
 
 
 @dataclass(frozen=True)
-class Done:
+class Effects:
     """What came of the interventions that were asked for."""
 
     interventions: tuple[Intervention, ...] = ()
@@ -77,7 +77,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def intervene(
     names: Sequence[str],
-    listened: Listened,
+    observation: Observation,
     crops: Crops,
     model: nn.Module,
     tokenizer: object,
@@ -85,19 +85,19 @@ def intervene(
     sums: Sums,
     reference: int = REFERENCE,
     progress: bool = False,
-) -> Done:
+) -> Effects:
     """Run interventions on a model whose residual was measured, in the order of NAMES."""
     if not names:
-        return Done()
+        return Effects()
     if "reference" in names and reference < 2:
         raise ValueError(f"reference={reference}: a distribution needs at least 2 random tokens, better 32")
-    lab = Lab(listened, plain(crops), model, residual.early, progress)
-    tokens = random_tokens(listened, tokenizer, crops, max(reference, DONORS))
+    lab = Lab(observation, plain(crops), model, residual.early, progress)
+    tokens = random_tokens(observation, tokenizer, crops, max(reference, DONORS))
     kept = [token for token in dict.fromkeys(NAMES) if token in names]
     found: list[Intervention] = []
     spread: tuple[Estimate, ...] = ()
     if "reference" in kept:
-        vectors = variants.embedded(listened.model, tokens[:reference])
+        vectors = variants.embedded(observation.model, tokens[:reference])
         spread = tuple(lab.early(f"token {n + 1}", variants.at_input(model, v)) for n, v in enumerate(vectors))
     changes = tuple(lab.change(each).value for each in spread)
     for name in kept:
@@ -111,12 +111,12 @@ def intervene(
                 )
             )
         elif name == "clamp":
-            found.append(lab.intervention("clamp", "clamp", lab.early("clamp", change=clamp(sums, listened))))
+            found.append(lab.intervention("clamp", "clamp", lab.early("clamp", change=clamp(sums, observation))))
         elif name == "carrier":
             found += lab.carriers(tokens[:DONORS])
         else:
             found += lab.twin(name)
-    return Done(tuple(found), tuple(lab.notes))
+    return Effects(tuple(found), tuple(lab.notes))
 
 
 def plain(crops: Crops) -> Crops:
@@ -125,9 +125,9 @@ def plain(crops: Crops) -> Crops:
     return dataclasses.replace(crops, protocol=protocol, folds_N=torch.zeros_like(crops.folds_N))
 
 
-def random_tokens(listened: Listened, tokenizer: object, crops: Crops, count: int) -> list[int]:
+def random_tokens(observation: Observation, tokenizer: object, crops: Crops, count: int) -> list[int]:
     """Ordinary tokens of the vocabulary, none of them special, drawn without replacement."""
-    size = min(len(tokenizer), listened.model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[arg-type]
+    size = min(len(tokenizer), observation.model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[arg-type]
     special = {*getattr(tokenizer, "all_special_ids", ()), int(crops.tokens_NT[0, 0])}
     ordinary = [token for token in range(size) if token not in special]
     if len(ordinary) < count:
@@ -142,10 +142,10 @@ def mean(estimates: Sequence[Estimate], confidence: float) -> Estimate:
     return _estimate(float(np.mean([each.value for each in estimates])), replicates_R, confidence)
 
 
-def clamp(sums: Sums, listened: Listened) -> Callable[[int, Rows, Tensor], Tensor]:
+def clamp(sums: Sums, observation: Observation) -> Callable[[int, Rows, Tensor], Tensor]:
     """What to add to a head's output so that it reads BOS with its mean weight from everywhere."""
     w, N = sums.protocol.window, sums.protocol.sequences
-    mean_LH = [sums.layers[layer]["bos_mass"][:, w:].mean(1) / N for layer in range(len(listened.sites))]
+    mean_LH = [sums.layers[layer]["bos_mass"][:, w:].mean(1) / N for layer in range(len(observation.sites))]
 
     def change(layer: int, rows: Rows, lse_BHT: Tensor) -> Tensor:
         mass_BHT = bos_mass(rows, lse_BHT)
@@ -161,8 +161,10 @@ def clamp(sums: Sums, listened: Listened) -> Callable[[int, Rows, Tensor], Tenso
 class Lab:
     """A model, its crops and its early residual; runs variants of it."""
 
-    def __init__(self, listened: Listened, crops: Crops, model: nn.Module, before: Estimate, progress: bool) -> None:
-        self.listened, self.crops, self.model, self.before = listened, crops, model, before
+    def __init__(
+        self, observation: Observation, crops: Crops, model: nn.Module, before: Estimate, progress: bool
+    ) -> None:
+        self.observation, self.crops, self.model, self.before = observation, crops, model, before
         self.progress = progress
         self.protocol: Protocol = crops.protocol
         self.notes: list[str] = []
@@ -184,7 +186,7 @@ class Lab:
         crops = self.crops if crops is None else crops
         with nullcontext() if variant is None else variant:
             sums, _ = capture(
-                self.listened,
+                self.observation,
                 crops,
                 crops.protocol,
                 model=self.model,
@@ -215,11 +217,11 @@ class Lab:
         return self.early(name, variants.at_input(self.model, self._vector(name)))
 
     def _vector(self, name: str) -> Tensor:
-        bos_E = variants.embedded(self.listened.model, [int(self.crops.tokens_NT[0, 0])])[0]
+        bos_E = variants.embedded(self.observation.model, [int(self.crops.tokens_NT[0, 0])])[0]
         if name == "zero":
             return torch.zeros_like(bos_E)
         if name == "mean":
-            return variants.mean_embedding(self.listened.model)
+            return variants.mean_embedding(self.observation.model)
         draw = np.random.default_rng((self.protocol.seed, _STREAM, 1)).standard_normal(len(bos_E))
         noise_E = torch.from_numpy(draw).to(bos_E)
         return noise_E * (bos_E.norm() / noise_E.norm())
@@ -231,23 +233,23 @@ class Lab:
             return None
         shorter = dataclasses.replace(p, length=p.length - 1, grid_rows=min(p.grid_rows, p.length - 1 - p.window))
         crops = dataclasses.replace(self.crops, protocol=shorter, tokens_NT=self.crops.tokens_NT[:, 1:])
-        attached = getattr(self.listened.model, "ropemods_attached", None)
+        attached = getattr(self.observation.model, "ropemods_attached", None)
         if attached is not None and attached.bos_active:
             self.notes.append("none: this model is modified so that it refuses sequences without BOS")
             return None
         return self.early("none", crops=crops)
 
     def carriers(self, tokens: Sequence[int]) -> Iterator[Intervention]:
-        L = len(self.listened.sites)
+        L = len(self.observation.sites)
         starts = sorted({round(n * (L - 1) / (min(L, BLOCKS) - 1)) for n in range(min(L, BLOCKS))}) if L > 1 else [0]
         probe_T = self.crops.tokens_NT[:1]
         donors = [
-            variants.first_states(self.listened, lambda v=v: self._run(v, probe_T))
-            for v in variants.embedded(self.listened.model, list(tokens))
+            variants.first_states(self.observation, lambda v=v: self._run(v, probe_T))
+            for v in variants.embedded(self.observation.model, list(tokens))
         ]
         for start in starts:
             name = f"carrier from block {start}"
-            runs = [self.early(name, variants.at_block(self.listened, start, states[start])) for states in donors]
+            runs = [self.early(name, variants.at_block(self.observation, start, states[start])) for states in donors]
             yield self.intervention(name, "carrier", mean(runs, self.protocol.confidence))
 
     def _run(self, vector_E: Tensor, tokens_BT: Tensor) -> None:
@@ -255,7 +257,7 @@ class Lab:
             forward(self.model, tokens_BT)
 
     def twin(self, name: str) -> Iterator[Intervention]:
-        model, T = self.listened.model, self.protocol.length
+        model, T = self.observation.model, self.protocol.length
         if name == "window":
             window = variants.window_of(model)
             if window is None or window >= T:

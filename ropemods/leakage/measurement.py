@@ -30,7 +30,7 @@ from ropemods.leakage.estimate import estimate
 from ropemods.leakage.interventions import REFERENCE, check_names, intervene
 from ropemods.leakage.protocol import Protocol
 from ropemods.model import casts, config_record, rope_tables
-from ropemods.model.observation import Listened, listening
+from ropemods.model.observation import Observation, observing
 from ropemods.model.wrappers import base_model, unwrapped
 from ropemods.report.records import ModelFacts, TextFacts
 from ropemods.report.report import Report
@@ -77,18 +77,18 @@ def measure(
     if wanted != dtype:
         with _evaluating(called):
             stock_logits = forward(called, crops.tokens_NT[:2])
-    with casts.in_dtype(called, wanted), listening(called) as listened:
-        _heads(listened)
+    with casts.in_dtype(called, wanted), observing(called) as observation:
+        _heads(observation)
         if stock_logits is not None:
             notes.append(_drift(stock_logits, called, crops.tokens_NT[:2], dtype, wanted))
-        sums, found = capture(listened, crops, protocol, model=called, progress="measure" if progress else None)
+        sums, found = capture(observation, crops, protocol, model=called, progress="measure" if progress else None)
         estimates = estimate(sums)
-        usage = curves.usage(sums, wavelengths(listened))
-        notes += [*listened.notes, *_rope_notes(listened), *found, *estimates.notes]
+        usage = curves.usage(sums, wavelengths(observation))
+        notes += [*observation.notes, *_rope_notes(observation), *found, *estimates.notes]
         done = intervene(
-            interventions, listened, crops, called, tokenizer, estimates.terms["residual"], sums, reference, progress
+            interventions, observation, crops, called, tokenizer, estimates.terms["residual"], sums, reference, progress
         )
-        checks = run_controls(listened, crops, called, estimates.terms, progress) if controls else ()
+        checks = run_controls(observation, crops, called, estimates.terms, progress) if controls else ()
     return Report(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=_command() if command is None else command,
@@ -96,7 +96,7 @@ def measure(
         versions=versions_of("torch", "transformers"),
         protocol=protocol.to_dict(),
         protocol_hash=protocol.hash(),
-        model=_model_facts(inner, listened, dtype),
+        model=_model_facts(inner, observation, dtype),
         text=TextFacts(
             source=crops.source,
             documents=crops.documents,
@@ -125,11 +125,11 @@ def _protocol(given: Any) -> Protocol:
     return given
 
 
-def wavelengths(listened: Listened) -> list[list[float]]:
+def wavelengths(observation: Observation) -> list[list[float]]:
     """2π / frequency of every band of every layer, in tokens; empty for a layer that is not known to rotate."""
     rows = []
-    for table in listened.tables:
-        live = [] if table is None or listened.layout is None else table.live().double().tolist()
+    for table in observation.tables:
+        live = [] if table is None or observation.layout is None else table.live().double().tolist()
         rows.append([2 * torch.pi / f if f else float("inf") for f in live])
     return rows
 
@@ -152,9 +152,9 @@ def check_fit(model: nn.Module, crops: Crops) -> None:
         )
 
 
-def _heads(listened: Listened) -> int:
+def _heads(observation: Observation) -> int:
     """Query heads of every layer; a report's grids have as many for each."""
-    found = sorted({site.heads for site in listened.sites})
+    found = sorted({site.heads for site in observation.sites})
     if len(found) > 1:
         raise ValueError(
             f"leakage is not defined for this model as a whole: its layers have {found} heads, and a report has "
@@ -170,14 +170,14 @@ def _length_notes(model: nn.Module, protocol: Protocol) -> list[str]:
     return [f"sequences of {protocol.length} tokens are longer than the model's context of {context}"]
 
 
-def _rope_notes(listened: Listened) -> list[str]:
-    without = [n for n, table in enumerate(listened.tables) if table is None]
-    if len(without) == len(listened.tables):
+def _rope_notes(observation: Observation) -> list[str]:
+    without = [n for n, table in enumerate(observation.tables) if table is None]
+    if len(without) == len(observation.tables):
         return [
             "this model has no rotary frequencies: leakage, sink, entropy and loss are as defined, usage by frequency "
             "and wavelengths are not defined"
         ]
-    if listened.layout is None:
+    if observation.layout is None:
         return ["how this model pairs its rotary channels is not known, so usage by frequency is not given"]
     return [f"layers {without} have no rotary frequencies"] if without else []
 
@@ -195,7 +195,7 @@ def _drift(stock_BTV: Tensor, model: nn.Module, tokens_BT: Tensor, dtype: torch.
     )
 
 
-def _model_facts(model: nn.Module, listened: Listened, dtype: torch.dtype) -> ModelFacts:
+def _model_facts(model: nn.Module, observation: Observation, dtype: torch.dtype) -> ModelFacts:
     config: Any = model.config
     entry = getattr(config, "ropemods", None) or {}
     rope = entry.get("rope_parameters") or getattr(config_record.rope_config(config), "rope_parameters", None) or {}
@@ -203,11 +203,11 @@ def _model_facts(model: nn.Module, listened: Listened, dtype: torch.dtype) -> Mo
     return ModelFacts(
         name=Path(name).resolve().name if Path(name).is_dir() else name,
         type=config.model_type,
-        layers=len(listened.sites),
-        heads=_heads(listened),
+        layers=len(observation.sites),
+        heads=_heads(observation),
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
-        attention=listened.backend,
+        attention=observation.backend,
         mods=tuple(entry.get("mods", ())),
         strength=dict(entry.get("strength", {})),
         rope=rope_tables.without_sentinel(dict(rope)),

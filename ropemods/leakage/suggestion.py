@@ -43,13 +43,13 @@ from ropemods.leakage import curves
 from ropemods.leakage.capture import capture
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import read_documents
-from ropemods.leakage.measurement import check_fit, unwrapped, wavelengths
+from ropemods.leakage.measurement import check_fit, wavelengths
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.reading import bos_mass
 from ropemods.leakage.tries import PROTOCOL, check_stock, tried
 from ropemods.model import casts
-from ropemods.model.attention_layers import base_model
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
+from ropemods.model.wrappers import base_model, unwrapped
 from ropemods.mods.learned_sink import sink_with_mass
 from ropemods.mods.truncated_rope import TruncatedRoPE
 from ropemods.report.html.tries_page import render_tries
@@ -207,11 +207,11 @@ def suggest(
             mass_BHT = bos_mass(rows, lse_BHT).clamp(max=1 - 1e-6)
             collected[layer] = [(lse_BHT + torch.log1p(-mass_BHT), mass_BHT)]
 
-    with casts.in_dtype(called, torch.float32), listening(called) as listened:
+    with casts.in_dtype(called, torch.float32), observing(called) as observation:
         sums, notes = capture(
-            listened, crops, protocol, model=called, change=keep_sink, progress="suggest" if progress else None
+            observation, crops, protocol, model=called, change=keep_sink, progress="suggest" if progress else None
         )
-        lengths = wavelengths(listened)
+        lengths = wavelengths(observation)
     usage = curves.usage(sums, lengths)
     assert usage is not None
     ladders = _ladders(usage, length)
@@ -240,7 +240,7 @@ def suggest(
         bos_mass=mass,
         sink=tuple(sink),
         sink_reason=_sink_reason(mass),
-        notes=(*crops.notes, *listened.notes, *notes),
+        notes=(*crops.notes, *observation.notes, *notes),
         tries=tries,
     )
 

@@ -193,7 +193,7 @@ class Owner(Protocol):
     def left(self, penalty: Tensor) -> None:
         """Take the penalty with its graph."""
 
-    def joined(self, loss: Tensor, share: Tensor | float) -> Tensor:
+    def with_penalty(self, loss: Tensor, share: Tensor | float) -> Tensor:
         """The loss with the penalty."""
 
 
@@ -238,7 +238,7 @@ def install(model: PreTrainedModel, owner: Owner) -> list:
         if not (entrance.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
             return None
         loss = output[0] if isinstance(output, tuple) else output["loss"]
-        loss = owner.joined(loss, share_of(kwargs))
+        loss = owner.with_penalty(loss, share_of(kwargs))
         if isinstance(output, tuple):
             return loss, *output[1:]
         output["loss"] = loss

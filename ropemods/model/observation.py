@@ -21,8 +21,8 @@ from ropemods.mods.base import Layout
 
 
 @dataclass(frozen=True)
-class Listened:
-    """A model whose attention can be observed."""
+class Observation:
+    """A model opened for observation, and what is known of its attention."""
 
     model: PreTrainedModel
     sites: tuple[AttentionSite, ...]
@@ -42,7 +42,7 @@ class Listened:
 
 
 @contextlib.contextmanager
-def listening(model: nn.Module) -> Iterator[Listened]:
+def observing(model: nn.Module) -> Iterator[Observation]:
     """Open, `interface.observed` sees every attention layer of the model, which runs in evaluation mode."""
     inner = base_model(model)
     modified = getattr(inner, "ropemods_attached", None) is not None
@@ -67,7 +67,7 @@ def listening(model: nn.Module) -> Iterator[Listened]:
         with short_pass.quietly(inner):
             layout = sites[0].layout or short_pass.layout(inner)
             names = tuple(name for name, _ in layers)
-            yield Listened(inner, tuple(sites), names, backend, layout, tuple(notes))
+            yield Observation(inner, tuple(sites), names, backend, layout, tuple(notes))
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation

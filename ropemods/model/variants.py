@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.model.observation import Listened
+from ropemods.model.observation import Observation
 from ropemods.model.partition import gathered
 from ropemods.model.rope_tables import tables
 from ropemods.model.wrappers import base_model
@@ -58,14 +58,14 @@ def at_input(model: nn.Module, vector_E: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_block(listened: Listened, layer: int, state_E: Tensor) -> Iterator[None]:
+def at_block(observation: Observation, layer: int, state_E: Tensor) -> Iterator[None]:
     """Put a state at position 0 of what enters one block."""
-    with _before_blocks(listened, lambda n, hidden: _with_first(hidden, state_E) if n == layer else hidden):
+    with _before_blocks(observation, lambda n, hidden: _with_first(hidden, state_E) if n == layer else hidden):
         yield
 
 
 @torch.no_grad()
-def first_states(listened: Listened, run: Callable[[], Any]) -> list[Tensor]:
+def first_states(observation: Observation, run: Callable[[], Any]) -> list[Tensor]:
     """What enters each block at position 0 of the first sequence while `run()` runs the model, [L] of (E)."""
     states: dict[int, Tensor] = {}
 
@@ -73,9 +73,9 @@ def first_states(listened: Listened, run: Callable[[], Any]) -> list[Tensor]:
         states[layer] = hidden_BTE[0, 0].clone()
         return hidden_BTE
 
-    with _before_blocks(listened, keep):
+    with _before_blocks(observation, keep):
         run()
-    return [states[layer] for layer in range(len(listened.names))]
+    return [states[layer] for layer in range(len(observation.names))]
 
 
 def _with_first(hidden_BTE: Tensor, state_E: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _with_first(hidden_BTE: Tensor, state_E: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _before_blocks(listened: Listened, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+def _before_blocks(observation: Observation, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """`change(layer, hidden)` on what enters the module that holds each attention layer."""
     handles = []
 
@@ -97,8 +97,8 @@ def _before_blocks(listened: Listened, change: Callable[[int, Tensor], Tensor]) 
         return before
 
     try:
-        for layer, name in enumerate(listened.names):
-            block = listened.model.get_submodule(name.rpartition(".")[0])
+        for layer, name in enumerate(observation.names):
+            block = observation.model.get_submodule(name.rpartition(".")[0])
             handles.append(block.register_forward_pre_hook(hook(layer), with_kwargs=True))
         yield
     finally:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ropemods
-from ropemods.leakage.documents import Documents, joined
+from ropemods.leakage.documents import Documents, join_short
 from ropemods.leakage.protocol import Protocol
 from ropemods.report.report import Report
 from ropemods.training.batches import Ordered, collator
@@ -69,7 +69,7 @@ def held_out_documents(data: Data) -> Documents:
     documents = Documents(data.held_out_documents, f"{data.options.source.name}, documents that never trained")
     if data.options.held_out_join == 0:
         return documents
-    return joined(documents, characters=data.options.held_out_join)
+    return join_short(documents, characters=data.options.held_out_join)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from evals.measured import upper_layers
 from evals.penalty_bench import FAR, LENGTH, LONG, Arm, Bench, crops_of, early, protocols
 from ropemods.leakage.capture import capture
 from ropemods.leakage.estimate import estimate
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 
 P = {
     "learning_rate": 1e-3, "warmup": 2, "batch": 4, "groups": 16, "rows": 16, "crops": 32, "far": 2, "measure_batch": 16
@@ -41,8 +41,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def test_readings_are_those_of_the_report(bench: Bench) -> None:
     protocol = protocols(P)["report"]
-    with listening(bench.fresh().eval()) as listened:
-        sums, _ = capture(listened, crops_of(bench.tokens("report"), protocol), protocol)
+    with observing(bench.fresh().eval()) as observation:
+        sums, _ = capture(observation, crops_of(bench.tokens("report"), protocol), protocol)
     for name, term in estimate(sums).terms.items():
         ours, theirs = early(sums, name), upper_layers(term)
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-5), name

@@ -20,7 +20,7 @@ from ropemods.leakage.interventions import plain
 from ropemods.leakage.protocol import Protocol
 from ropemods.model.attention_function import observed
 from ropemods.model.casts import in_dtype
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 from tests import zoo
 from tests.leakage.small import PROTOCOL, documents, tokenizer
 from tests.leakage.synthetic import LargestTensor, band_of
@@ -50,7 +50,7 @@ def seen(model: torch.nn.Module) -> Iterator[tuple[Rows, Tensor]]:
     ids = zoo.tokens(rows=3, length=GRID.length)
     with (
         torch.no_grad(),
-        listening(model),
+        observing(model),
         observed(lambda s, r, c, lse: found.append((r, lse)), of=model, want_lse=True),
     ):
         model(input_ids=ids, use_cache=False)
@@ -131,7 +131,7 @@ def test_a_stock_model_is_left_bitwise_as_it_was(architecture: str, backend: str
     model.train()
     before, weights = state(model), copy.deepcopy(model.state_dict())
     try:
-        with in_dtype(model, torch.float64), listening(model):
+        with in_dtype(model, torch.float64), observing(model):
             model(input_ids=ids)
             if fails:
                 raise KeyboardInterrupt
@@ -159,8 +159,8 @@ def test_memory_of_one_pass_has_nothing_that_grows_with_the_square_of_the_length
     for length in (512, 1024):
         protocol = Protocol(sequences=8, length=length, groups=8, batch_size=1, replicates=100)
         crops = make_crops(read_documents(documents(1500, 8)), tokenizer(), protocol)
-        with LargestTensor() as largest, listening(zoo.build("llama", max_position_embeddings=2048)) as listened:
-            capture(listened, crops, protocol)
+        with LargestTensor() as largest, observing(zoo.build("llama", max_position_embeddings=2048)) as observation:
+            capture(observation, crops, protocol)
         sizes.append(largest.numel)
     assert sizes[1] <= 2.05 * sizes[0]
 
@@ -170,8 +170,8 @@ def test_a_batch_taken_in_parts_gives_the_same_sums(monkeypatch: pytest.MonkeyPa
     model, sums = zoo.build("mistral"), []
     for at_once in (1 << 22, 1):
         monkeypatch.setattr("ropemods.leakage.capture.AT_ONCE", at_once)
-        with listening(model) as listened:
-            sums.append(capture(listened, crops, PROTOCOL)[0].state())
+        with observing(model) as observation:
+            sums.append(capture(observation, crops, PROTOCOL)[0].state())
     for name, tensor in sums[0].items():
         torch.testing.assert_close(tensor, sums[1][name], rtol=1e-5, atol=1e-5)
 
@@ -180,11 +180,11 @@ def test_what_an_observer_returns_is_added_to_the_heads_output() -> None:
     """Taking BOS's contribution away by hand is the same as closing nothing and adding −a·v."""
     model = zoo.build("llama")
     ids = zoo.tokens()
-    with torch.no_grad(), listening(model), observed(lambda s, r, c, lse: None, of=model, want_lse=True):
+    with torch.no_grad(), observing(model), observed(lambda s, r, c, lse: None, of=model, want_lse=True):
         same = model(input_ids=ids, use_cache=False).logits
     with (
         torch.no_grad(),
-        listening(model),
+        observing(model),
         observed(lambda s, r, c, lse: torch.ones_like(r.q_BHTD), of=model, want_lse=True),
     ):
         moved = model(input_ids=ids, use_cache=False).logits

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropemods.leakage.crops import MARGIN, Crops, TooLittleText, make_crops
-from ropemods.leakage.documents import Documents, joined
+from ropemods.leakage.documents import Documents, join_short
 from ropemods.leakage.protocol import Protocol
 from tests.leakage.words import make_texts, make_tokenizer, places
 
@@ -167,7 +167,7 @@ def test_too_little_text_says_how_much_is_needed_and_how_much_there_is():
 def test_short_documents_can_be_joined():
     texts = make_texts([40] * 100)
     tokenizer, documents = make_tokenizer(texts), Documents(texts, "short")
-    crops = make_crops(joined(documents, characters=2000), tokenizer, PROTOCOL)
+    crops = make_crops(join_short(documents, characters=2000), tokenizer, PROTOCOL)
     assert crops.tokens_NT.shape == (16, 32)
     assert "joined" in crops.notes[0]
     borders = [len({document for document, _ in places(tokenizer, row[1:])}) for row in crops.tokens_NT.tolist()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ropemods.leakage.documents import Documents, joined, read_documents
+from ropemods.leakage.documents import Documents, join_short, read_documents
 
 TEXTS = ["First text.\nIts second line.", "Zweiter Text: äöü", "third\n\nafter a blank line"]
 
@@ -126,14 +126,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path):
 
 
 def test_copies_are_joined_once():
-    once = joined(Documents(TEXTS, "a"), characters=10)
-    often = joined(Documents(TEXTS * 3, "a"), characters=10)
+    once = join_short(Documents(TEXTS, "a"), characters=10)
+    often = join_short(Documents(TEXTS * 3, "a"), characters=10)
     assert once.texts == often.texts and "6 of 9 documents are copies" in often.notes[0]
 
 
 def test_joined_documents_hold_every_text_at_most_once():
     texts = [f"text {n} " * 5 for n in range(50)]
-    long = joined(Documents(texts, "short", ("a note",)), characters=300, seed=1)
+    long = join_short(Documents(texts, "short", ("a note",)), characters=300, seed=1)
     assert all(len(text) >= 300 for text in long.texts)
     found = [part for text in long.texts for part in text.split("\n\n")]
     assert len(found) == len(set(found)) and set(found) <= set(texts)

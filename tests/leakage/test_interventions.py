@@ -17,7 +17,7 @@ from ropemods.leakage.documents import read_documents
 from ropemods.leakage.interventions import NAMES, clamp, mean, random_tokens
 from ropemods.model import variants
 from ropemods.model.attention_function import observed
-from ropemods.model.observation import listening
+from ropemods.model.observation import observing
 from ropemods.report.records import Estimate, Intervention
 from tests import zoo
 from tests.leakage.small import PROTOCOL, documents, real, text, tokenizer
@@ -70,14 +70,14 @@ def test_another_trajectory_from_block_0_is_the_swap_and_from_the_last_changes_o
     model, ids = zoo.build(architecture), zoo.tokens()
     swapped = ids.clone()
     swapped[:, 0] = 17
-    with listening(model) as listened:
-        states = variants.first_states(listened, lambda: logits(model, swapped))
-        with variants.at_block(listened, 0, states[0]):
+    with observing(model) as observation:
+        states = variants.first_states(observation, lambda: logits(model, swapped))
+        with variants.at_block(observation, 0, states[0]):
             torch.testing.assert_close(logits(model, ids), logits(model, swapped), rtol=1e-5, atol=1e-5)
         queries: dict[int, list[torch.Tensor]] = {0: [], 1: []}
         with observed(lambda s, r, c, lse: queries[s.layer].append(r.k_BGSD), of=model, want_lse=True):
             logits(model, ids)
-            with variants.at_block(listened, 1, states[1]):
+            with variants.at_block(observation, 1, states[1]):
                 logits(model, ids)
         stock, patched = queries[1]
         assert torch.equal(*queries[0])
@@ -87,9 +87,9 @@ def test_another_trajectory_from_block_0_is_the_swap_and_from_the_last_changes_o
 def test_clamped_heads_read_bos_with_their_mean_weight_from_everywhere() -> None:
     model = zoo.build("llama")
     crops = make_crops(read_documents(documents()), tokenizer(), PROTOCOL)
-    with listening(model) as listened:
-        sums, _ = capture(listened, crops, PROTOCOL)
-        change, w = clamp(sums, listened), PROTOCOL.window
+    with observing(model) as observation:
+        sums, _ = capture(observation, crops, PROTOCOL)
+        change, w = clamp(sums, observation), PROTOCOL.window
         checked = []
 
         def check(site, rows, call, lse) -> None:
@@ -185,10 +185,10 @@ def test_without_a_clear_residual_there_is_no_relative_change() -> None:
 
 def test_reference_tokens_are_ordinary_and_different() -> None:
     crops = make_crops(read_documents(documents()), tokenizer(), PROTOCOL)
-    with listening(zoo.build("llama")) as listened:
-        tokens = random_tokens(listened, tokenizer(), crops, 40)
+    with observing(zoo.build("llama")) as observation:
+        tokens = random_tokens(observation, tokenizer(), crops, 40)
         with pytest.raises(ValueError, match="ordinary tokens"):
-            random_tokens(listened, tokenizer(), crops, 80)
+            random_tokens(observation, tokenizer(), crops, 80)
     assert len(set(tokens)) == 40 and not {0, 1, 2} & set(tokens)
 
 

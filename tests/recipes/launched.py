@@ -39,9 +39,9 @@ def run(words: list[str], *, fails: bool = False) -> str:
 
 def free_port() -> int:
     """A port of its own for each launch, so that runs of one machine do not meet."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+    with socket.socket() as observing:
+        observing.bind(("127.0.0.1", 0))
+        return int(observing.getsockname()[1])
 
 
 def torchrun(processes: int) -> list[str]:
