@@ -44,14 +44,13 @@ from ropemods.model import (
 from ropemods.model.attention_layers import (
     Stages,
     attention_layers,
-    base_model,
     hand_down,
     head_dim_of,
     key_dim_of,
     prepare_sites,
     site_of,
-    uncompiled,
 )
+from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage, edited
 
@@ -280,7 +279,7 @@ def finish(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Stage):
             module.fill_constants()
-    dry_run.rehearse(model, found)
+    dry_run.examine(model, found)
     for mod in (mod for mod in model.ropemods_attached.mods if mod.edits_frequencies):
         if mod.for_some_layers:
             layer_tables.build(model, mod, layers)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ropemods.model.bos import Bos
 from ropemods.model.rope_tables import Table, tables_by_layer
-from ropemods.model.wrappers import base_model, uncompiled  # noqa: F401
 from ropemods.mods.base import Call, Layout, Stage
 
 

@@ -50,7 +50,7 @@ class _Reached(Exception):
         self.asked = asked
 
 
-def rehearse(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
+def examine(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
     """Refuse what the modifications of this model cannot work on, and find what turns each layer's queries."""
     modules = [layer for _, layer in layers]
     attached = model.ropemods_attached
