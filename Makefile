@@ -78,6 +78,9 @@ test: lint real-model
 quick: $(ENVIRONMENT)
 	"$(PYTHON)" -m pytest --numprocesses $(WORKERS) -m 'not slow'
 
+contract: $(ENVIRONMENT)
+	CONTRACT=all "$(PYTHON)" -m pytest --numprocesses $(WORKERS) tests/mods
+
 strangers: $(ENVIRONMENT)
 	STRANGERS=all "$(PYTHON)" -m pytest --numprocesses $(WORKERS) tests/strangers
 

@@ -78,7 +78,7 @@ def registered(place: Any) -> str:
     from ropemods.mods import outside, registered_at
 
     if not isinstance(place, str) or not outside.PLACE.fullmatch(place):
-        raise ValueError(f"a modification of your own is named as my_module:MyMod, not {place!r}")
+        raise ValueError(f"a modification of your own is named as my_module:MyMod; give that, not {place!r}")
     registered_at(place)
     return place
 

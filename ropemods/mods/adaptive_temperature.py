@@ -14,8 +14,8 @@ does not round the rule itself.
 
 The published rule was found on models trained without it, and is no start for one that is trained already: SmolLM2-135M
 loses 23% by it (evals/results/untrained.json). `start="model"` begins at β = 1 for every entropy, and lets training
-leave it: the polynomial is 1 + Σ offset_k (H / 4.412)^k, without the corner at 0.5 and without the floor at 1, which
-would have no gradient there.
+leave it (for each head, if `trainable` does not say otherwise): the polynomial is 1 + Σ offset_k (H / 4.412)^k, without
+the corner at 0.5 and without the floor at 1, which would have no gradient there.
 
 Strength: β ← 1 + strength · (β − 1). Cost: one more attention pass for the entropy, forward and backward.
 A decoded token computes the entropy of its one row, so cached decoding equals the full pass.
@@ -59,11 +59,13 @@ class AdaptiveTemperature(Mod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start == "model":
-            if not self.trainable or self.coefficients != PUBLISHED:
+            if self.coefficients != PUBLISHED:
                 raise ValueError(
                     "adaptive_temperature: start='model' is β = 1 until it has trained, whatever the coefficients; "
-                    "leave them out, and say trainable='head', 'layer' or 'shared'"
+                    "leave them out"
                 )
+            if not self.trainable:  # or it would stay at 1 for ever
+                object.__setattr__(self, "trainable", "head")
             return
         if len(self.coefficients) < 2:
             raise ValueError(f"adaptive_temperature: coefficients must be two or more, not {self.coefficients!r}")

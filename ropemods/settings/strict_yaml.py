@@ -33,7 +33,10 @@ def read(path: str | Path) -> dict[Any, Any]:
 
 def scalar(text: str) -> Any:
     """The value of a word: 0.5, true, [0, 1], some text."""
-    return _load(text, repr(text))
+    try:
+        return _load(text, repr(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; check its brackets and quotes") from None
 
 
 def _load(text: str, source: str) -> Any:

@@ -41,10 +41,10 @@ def test_from_the_model_it_is_the_model_until_it_trains_and_says_what_it_learned
         assert line in rm.summary(model) and "layer 1: β at H = 1 … 6: 1.000, 1.000" in rm.summary(model)
 
 
-def test_from_the_model_takes_no_coefficients_and_must_train() -> None:
-    for options in ({}, {"trainable": "head", "coefficients": (1.0, 2.0)}):
-        with pytest.raises(ValueError, match="until it has trained"):
-            AdaptiveTemperature(start="model", **options)
+def test_from_the_model_takes_no_coefficients_and_trains() -> None:
+    with pytest.raises(ValueError, match="until it has trained"):
+        AdaptiveTemperature(start="model", coefficients=(1.0, 2.0))
+    assert AdaptiveTemperature(start="model").trainable == "head"
 
 
 def beta(entropy: float, *, hold_from: float | None = None, strength: float = 1.0) -> float:

@@ -38,7 +38,7 @@ def test_ssmax_starts_where_the_paper_does() -> None:
 
 def test_llama_4s_rule_leaves_short_rows_and_sharpens_long_ones() -> None:
     """β = 1 + 0.1 · log(⌊n / 8192⌋ + 1), as in its attention layers."""
-    stage = LogTemperature(0.1, neutral=8192, steps=True).stage(Site(0, 1, 8, 8))
+    stage = LogTemperature(0.1, neutral=8192, steps=True).stage(Site(0, 1, 8, 8, 8))
     count = torch.tensor([1.0, 8191, 8192, 16384, 100000])
     wanted = [0.0, 0.0, math.log(2), math.log(3), math.log(13)]
     assert stage.growth(count).tolist() == pytest.approx(wanted)

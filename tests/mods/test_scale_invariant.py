@@ -30,7 +30,7 @@ def test_it_starts_at_the_model_with_a_gradient() -> None:
 
 def test_gaussian_logits_weigh_every_range_alike_and_are_as_sparse_in_each() -> None:
     """What the two conditions of the paper say of e^L and L e^L, by their closed forms and by a sample."""
-    term = ScaleInvariant(tau=10, start="paper").stage(Site(0, 1, 8, 8))
+    term = ScaleInvariant(tau=10, start="paper").stage(Site(0, 1, 8, 8, 8))
     term.set_strength(1.0)
     offset = torch.tensor([0.0, 3, 100, 5000], dtype=torch.float64)
     a, m = term.term(offset)
