@@ -166,7 +166,7 @@ def _check_saved(record: Record, path: str | os.PathLike[str]) -> None:
 
 
 EDITED = (
-    ". Its config.json was edited after it was saved; undo that, and change a strength with "
+    ". Its config.json was edited after it was saved; take that back, and change a strength with "
     "ropemods.from_pretrained, ropemods.set_strength and save_pretrained"
 )
 

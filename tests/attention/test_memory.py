@@ -66,7 +66,7 @@ def step(q, k, v, stage) -> None:
 @pytest.mark.slow
 def test_a_training_step_costs_little_more_than_the_floor_of_two() -> None:
     """AdaptiveTemperature at T = 2048: forward and backward at most 2.1 times stock, pairs measured side by side."""
-    stage = AdaptiveTemperature().stage(Site(0, 4, 8, 32))
+    stage = AdaptiveTemperature().stage(Site(0, 4, 8, 32, 8))
     stage.set_strength(1.0)
     q, k, v = (torch.randn(1, 4, 2048, 64, requires_grad=True) for _ in range(3))
     ratios = []
