@@ -131,7 +131,7 @@ class Bench:
         torch.manual_seed(seed)
         model = self.model(plan.mods, strength=0.0, seed=seed)
         if plan.lora:
-            model = self.with_lora(model, any(mod.has_parameters for mod in plan.mods))
+            model = self.with_lora(model, any(mod.must_be_saved for mod in plan.mods))
         schedule = rm.StrengthSchedule(steps=schedule_steps, shape=plan.shape)  # type: ignore[arg-type]
         move = (lambda step: rm.set_strength(model, schedule.at(step))) if plan.mods else None
         rate = self.p["lora_learning_rate" if plan.lora else "learning_rate"]

@@ -96,10 +96,10 @@ def apply(
     inner = base_model(model)
     config_record.check_strength(strength)
     admission.check_mods(mods)
-    if uncompiled(model) is not inner and any(mod.has_parameters for mod in mods):
+    if uncompiled(model) is not inner and any(mod.must_be_saved for mod in mods):
         raise ValueError(
-            "these modifications train parameters, and a PEFT model trains and saves only what its config names; "
-            "apply them first, then get_peft_model(model, LoraConfig(..., modules_to_save=['ropemods']))"
+            "these modifications have values of their own, and a PEFT model trains and saves only what its config "
+            "names; apply them first, then get_peft_model(model, LoraConfig(..., modules_to_save=['ropemods']))"
         )
     if getattr(inner, "ropemods_attached", None) is not None:
         raise ValueError("this model is already modified; ropemods.remove(model) first, then apply all you want")

@@ -138,3 +138,16 @@ def test_a_random_token_is_drawn_as_the_adapter_embeds_it() -> None:
     table = adapted(zoo.build(), "lora").get_input_embeddings()(torch.arange(zoo.VOCAB))
     drawn = wrapped.get_input_embeddings()(ids)[:, 0]
     assert all(torch.isclose(row, table, atol=1e-6).all(1).any() for row in drawn)
+
+
+@pytest.mark.parametrize("mod", [rm.KeyedSink(trains="none"), rm.AnchoredBos()], ids=str)
+def test_what_was_copied_or_calibrated_is_saved_though_nothing_of_it_trains(mod: rm.Mod, base, tmp_path) -> None:
+    """Put on the base again it would have an offset that nobody chose, and say nothing."""
+    model, ids = loaded(base, mod, calibration=zoo.tokens()), zoo.tokens()
+    with pytest.raises(ValueError, match=r"modules_to_save=\['ropemods'\]"):
+        get_peft_model(model, lora(keep=False)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="values of their own"):
+        rm.apply(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(keep=False)), mod)
+    wrapped = get_peft_model(loaded(base, mod, calibration=zoo.tokens()), lora()).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wrapped(ids).logits, 1e-6)

@@ -138,21 +138,22 @@ def _words(mods: list[Mod], strength: dict[str, float]) -> str:
 
 
 def _check_saved(inner: nn.Module, adapters: list[str]) -> None:
-    """Parameters of the modifications are saved with an adapter only if PEFT was told of them."""
+    """What the modifications learned, chose or copied is saved with an adapter only if PEFT was told of them."""
+    kept = {mod.kind for mod in inner.ropemods_attached.mods if mod.must_be_saved}
     places = [
         module
         for name, module in inner.named_modules()
         if name.rpartition(".")[2] == "ropemods"
         and "modules_to_save" not in name
         and "original_module" not in name
-        and any(True for _ in module.parameters())
+        and any(kept.intersection(key.split(".")) for key in module.state_dict())
     ]
     for adapter in adapters:
         unsaved = [p for p in places if isinstance(p, Stages) or adapter not in p.modules_to_save]
         if unsaved:
             raise ValueError(
-                f"the modifications have parameters (in {len(unsaved)} places) that the adapter {adapter!r} neither "
-                "trained nor saves; make it with LoraConfig(..., modules_to_save=['ropemods'])"
+                f"the modifications have values of their own (in {len(unsaved)} places) that the adapter {adapter!r} "
+                "neither trained nor saves; make it with LoraConfig(..., modules_to_save=['ropemods'])"
             )
 
 

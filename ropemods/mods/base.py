@@ -179,6 +179,11 @@ class Mod:
         """Whether it takes initial values from what the model makes of the BOS token, which needs no text."""
         return False
 
+    @property
+    def must_be_saved(self) -> bool:
+        """Whether it holds what putting it on the base model again would not bring back."""
+        return self.has_parameters or self.calibrates or self.copies_bos
+
     def gentler(self) -> tuple[Mod, ...]:
         """Forms of it that may cost an untrained model less, for `apply` to try on a calibration batch."""
         return ()

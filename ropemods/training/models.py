@@ -126,7 +126,7 @@ def with_lora(recipe: Recipe, model: nn.Module, *, mods: bool) -> nn.Module:
 
     settings = {"task_type": "CAUSAL_LM", **recipe.lora}
     saved = list(settings.get("modules_to_save") or [])
-    if mods and any(mod.has_parameters for mod in recipe.mods) and "ropemods" not in saved:
+    if mods and any(mod.must_be_saved for mod in recipe.mods) and "ropemods" not in saved:
         saved.append("ropemods")
     return get_peft_model(model, LoraConfig(**{**settings, "modules_to_save": saved or None}))
 

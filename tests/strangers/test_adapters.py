@@ -13,8 +13,9 @@ from tests.strangers.uses import Subject, use
 
 
 def config(kind: str, model: Any, *, keep: bool) -> Any:
-    """An adapter's config, which does something from the start; `keep` saves the modifications' parameters with it."""
-    own = any("ropemods" in name for name, _ in model.named_parameters())
+    """An adapter's config, which does something from the start; `keep` saves the modifications' own values with it."""
+    attached = getattr(model, "ropemods_attached", None)
+    own = attached is not None and any(mod.must_be_saved for mod in attached.mods)
     more: dict[str, Any] = {"modules_to_save": ["ropemods"]} if keep and own else {}
     embedding = next(
         name.rpartition(".")[2] for name, module in model.named_modules() if module is model.get_input_embeddings()
