@@ -223,8 +223,9 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
         input_embedding.install(model)
     if any(mod.zeroes_states for mod in mods):
         attached.handles += zero_states.install(model)
-    if any(mod.needs_hidden for mod in mods):
-        attached.handles += [layer.register_forward_pre_hook(hand_down, with_kwargs=True) for _, layer in layers]
+    for _, layer in layers:
+        if any(mod.needs_hidden and mod.kind in layer.ropemods_site.kinds for mod in mods):
+            attached.handles.append(layer.register_forward_pre_hook(hand_down, with_kwargs=True))
     attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
         attached.backend = attention_function.use_interface(model, [layer for _, layer in layers])

@@ -28,9 +28,10 @@ from ropemods.mods import Mod
 from tests import oracle, zoo
 
 FEW = ("llama", "gemma3_text", "gpt_neox")
-"""One rope table, one a layer type, partial rotary with parallel blocks: for graphs, and for a test file's further
-variants. Its first variant is held to the contract on every architecture, where a modification's place is new: on the
-others to a third of it, chosen by a hash of the case, and to all of it with CONTRACT=all (`make contract`)."""
+"""One rope table, one a layer type, partial rotary with parallel blocks: for a modification's first variant, and for
+graphs. The first variant meets the other architectures too where a modification's place is new, and further variants
+these three: both by a third of the cases, chosen by a hash of each, beside llama on sdpa, which every variant meets.
+CONTRACT=all (`make contract`) runs every case."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,8 +48,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for index, (variant, mods) in enumerate(cls.variants.items())
         for architecture, backend in zoo.pairs()
         if backend in cls.backends
-        if architecture in FEW
-        or (index == 0 and not traced and cls.everywhere and chosen(f"{name} {architecture} {backend}"))
+        if (index == 0 and architecture in FEW)
+        or (architecture, backend) == ("llama", "sdpa")
+        or (
+            (architecture in FEW or (index == 0 and not traced and cls.everywhere))
+            and chosen(f"{name} {variant} {architecture} {backend}")
+        )
         if not (traced and backend != "sdpa")
         if not (deep and (architecture, backend) != ("llama", "sdpa"))
         if any(concerns(mod) for mod in mods)

@@ -54,6 +54,10 @@ class PlainRow:
     after: list[Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=list)
     """What is done to the output."""
 
+    def close_bos(self, share: float) -> None:
+        """Take that share of the BOS column's weight away."""
+        self.bos_log_weight = self.bos_log_weight + torch.log1p(torch.tensor(-share, dtype=torch.float64))
+
     def capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

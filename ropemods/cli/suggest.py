@@ -12,8 +12,6 @@ from ropemods.leakage.protocol import Protocol
 from ropemods.settings.options import option
 
 RECIPE = "suggested.yaml"
-EXCERPT = 16
-"""Characters of joined documents for each token of a crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,8 @@ class Options(Subject):
 
     def recipe_keys(self) -> dict[str, Any]:
         """How the recipe finds the model and the text."""
+        from ropemods.leakage.crops import EXCERPT
+
         given = {
             "model_name_or_path": self.model,
             "gguf_file": self.gguf_file,

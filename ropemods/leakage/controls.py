@@ -20,13 +20,17 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ropemods.attention.rows import Rows
 from ropemods.leakage.capture import capture, forward
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.estimate import estimate
 from ropemods.leakage.interventions import plain
 from ropemods.leakage.known import Known, covered, planted, reindexed, toeplitz
 from ropemods.model import casts
+from ropemods.model.attention_function import observed
+from ropemods.model.attention_layers import AttentionSite
 from ropemods.model.observation import Observation
+from ropemods.mods.base import Call
 from ropemods.report.records import Control, Estimate, Term
 
 REPETITIONS = 200
@@ -47,7 +51,7 @@ def run_controls(
     """Every control, the synthetic ones first. `terms` are those measured of the model."""
     found = [*synthetic()]
     residual = None if terms is None else terms.get("residual")
-    if residual is not None and not _tempered(observation):
+    if residual is not None and not _scaled_by_row(observation, crops, model):
         found.append(within("layer 0: residual", 0.0, residual.layers[0].all))
     found += shuffled(observation, crops, model, progress)
     found += shifted(observation, crops, model)
@@ -156,5 +160,14 @@ def _closure(name: str, mask: Estimate, total: Estimate) -> Control:
     return within(name, 0.0, Estimate(mask.value - total.value, low, high))
 
 
-def _tempered(observation: Observation) -> bool:
-    return any("adaptive_temperature" in site.kinds and site.active for site in observation.sites)
+def _scaled_by_row(observation: Observation, crops: Crops, model: nn.Module) -> bool:
+    """Whether layer 0 multiplies rows by a factor, which knows how long a row is."""
+    seen: set[str] = set()
+
+    def look(site: AttentionSite, rows: Rows, call: Call, _: Tensor | None) -> None:
+        if site is observation.sites[0]:
+            seen.update(rows.names())
+
+    with observed(look, of=observation.model, want_lse=False):
+        forward(model, crops.tokens_NT[:1])
+    return not seen.isdisjoint({"RowScale", "EntropyScale"})

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ropemods.attention.plain_row import PlainRow
 from ropemods.attention.rows import Rows
 from ropemods.attention.terms import EntropyScale
-from ropemods.mods.base import Call, Mod, Site, Stage
+from ropemods.mods.base import Call, Mod, SharedParameter, Site, Stage
 from ropemods.mods.bos_column import with_bos_column
 
 PUBLISHED = (-0.037, 0.481, -2.3, 4.917, -1.791)
@@ -104,7 +104,7 @@ class AdaptiveTemperature(Mod):
         return TemperatureStage(self, site.heads)
 
     def shared_stage(self) -> Stage | None:
-        return SharedOffsets(len(self.coefficients)) if self.trainable == "shared" else None
+        return SharedParameter(self.kind, "offsets", 1, len(self.coefficients)) if self.trainable == "shared" else None
 
 
 class TemperatureStage(Stage):
@@ -169,15 +169,3 @@ class TemperatureStage(Stage):
 
     def naive(self, row: PlainRow, call: Call) -> None:
         self.rule(call).naive(row)
-
-
-class SharedOffsets(Stage):
-    """One set of offsets for the whole model, handed to its layers with each call."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.offsets = nn.Parameter(torch.zeros(1, count))
-
-    def forward(self, shared: dict[str, Tensor], _: Call) -> dict[str, Tensor]:
-        # A copy, because a partitioned parameter is gone once this module returns.
-        return shared | {AdaptiveTemperature.kind: self.offsets.clone()}

@@ -14,16 +14,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ropemods.attention.rows import Rows
 from ropemods.mods.base import Call, Site
-from ropemods.mods.bos_column import offset_of_least_change
+from ropemods.mods.bos_column import check_offset, first_offset, offset_of_least_change
 from ropemods.mods.unrotated_bos import UnrotatedBos, UnrotatedBosStage
-
-UNCALIBRATED = 32
-"""The offset where no batch was given to choose one on: free on models whose typical offsets are in the hundreds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +33,7 @@ class AnchoredBos(UnrotatedBos):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.offset != "calibrated" and self.offset < 0:
-            raise ValueError(f"{self.kind}: offset is how many tokens back, 0 or more, not {self.offset}")
+        check_offset(self.kind, self.offset)
 
     @property
     def calibrates(self) -> bool:
@@ -54,8 +49,7 @@ class AnchoredBosStage(UnrotatedBosStage):
     def __init__(self, mod: AnchoredBos) -> None:
         super().__init__()
         self.mod = mod
-        chosen = UNCALIBRATED if mod.offset == "calibrated" else mod.offset
-        self.register_buffer("offset", torch.tensor(chosen))
+        self.register_buffer("offset", first_offset(mod.offset))
 
     def back(self) -> Tensor:
         return self.offset

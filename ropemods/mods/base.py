@@ -138,6 +138,19 @@ class Stage(nn.Module):
         """Choose initial values from a batch that the stock model has read; most stages have none to choose."""
 
 
+class SharedParameter(Stage):
+    """One parameter for the whole model, handed to its layers with each call under the modification's kind."""
+
+    def __init__(self, kind: str, name: str, *shape: int) -> None:
+        super().__init__()
+        self.kind, self.name = kind, name
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, shared: dict[str, Tensor], _: Call) -> dict[str, Tensor]:
+        # A copy, because a partitioned parameter is gone once this module returns.
+        return shared | {self.kind: self.get_parameter(self.name).clone()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Mod:
     """A modification, described. `layers` selects attention layers by index (negative from the end); None means all."""

@@ -13,6 +13,18 @@ from ropemods.mods.base import Call, Layout
 NEARNESS = tuple(sorted({2**k for k in range(17)} | {3 * 2**k for k in range(16)}))
 """Offsets that are tried where one is chosen: dense near the BOS, where a step of the offset turns a query most."""
 
+UNCALIBRATED = 32
+"""The offset where no batch was given to choose one on: free on models whose typical offsets are in the hundreds."""
+
+
+def check_offset(kind: str, offset: int | str) -> None:
+    if isinstance(offset, int) and offset < 0:
+        raise ValueError(f"{kind}: offset is how many tokens back, 0 or more, not {offset}")
+
+
+def first_offset(offset: int | str) -> Tensor:
+    return torch.tensor(offset if isinstance(offset, int) else UNCALIBRATED)
+
 
 def with_bos_column(rows: Rows, call: Call) -> Rows:
     """`rows` with the BOS column scored apart, at its natural logit where no earlier stage has scored it."""
@@ -35,6 +47,13 @@ def with_bos_column(rows: Rows, call: Call) -> Rows:
         log_weight=torch.zeros((), device=rows.q_BHTD.device),
     )
     return rows.plus(column)
+
+
+def bos_closed(rows: Rows, call: Call, strength: Tensor) -> Rows:
+    """`rows` with that share of the BOS column's weight gone."""
+    rows = with_bos_column(rows, call)
+    assert rows.column is not None
+    return rows.plus(rows.column._replace(log_weight=rows.column.log_weight + torch.log1p(-strength)))
 
 
 def bos_key(rows: Rows, call: Call) -> Tensor:

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from ropemods.attention.plain_row import PlainRow, rotate
 from ropemods.attention.rows import Rows, soft_capped
 from ropemods.attention.terms import Slot
-from ropemods.mods.anchored_bos import UNCALIBRATED
 from ropemods.mods.base import Call, Mod, Site, Stage
-from ropemods.mods.bos_column import offset_of_least_change, turned, with_bos_column
+from ropemods.mods.bos_column import bos_closed, check_offset, first_offset, offset_of_least_change, turned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +46,7 @@ class KeyedSink(Mod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.offset != "calibrated" and self.offset < 0:
-            raise ValueError(f"{self.kind}: offset is how many tokens back, 0 or more, not {self.offset}")
+        check_offset(self.kind, self.offset)
 
     @property
     def needs_bos(self) -> bool:
@@ -90,7 +88,7 @@ class KeyedSinkStage(Stage):
     def __init__(self, mod: KeyedSink, site: Site) -> None:
         super().__init__()
         self.mod = mod
-        self.register_buffer("offset", torch.tensor(UNCALIBRATED if mod.offset == "calibrated" else mod.offset))
+        self.register_buffer("offset", first_offset(mod.offset))
         self.register_buffer("copied_key", torch.zeros(site.heads, site.key_dim))
         if mod.value:
             self.register_buffer("copied_value", torch.zeros(site.heads, site.head_dim))
@@ -113,22 +111,22 @@ class KeyedSinkStage(Stage):
             self.offset.fill_(offset_of_least_change(rows, call))
 
     def forward(self, rows: Rows, call: Call) -> Rows:
-        rows = with_bos_column(rows, call)
-        assert rows.column is not None and call.position_BT is not None
+        assert call.position_BT is not None
         query_BHTD = turned(rows, call, call.position_BT - self.offset)
         strength = self.strength.to(query_BHTD.dtype)
+        rows = bos_closed(rows, call, strength)
+        assert rows.column is not None
         key_HD, value_HD = self.key_and_value(query_BHTD.dtype)
         logit = soft_capped((query_BHTD * key_HD[:, None]).sum(-1) * rows.scale, rows.softcap)
         logit = logit + self.departure(logit.dtype)[:, None] + strength.log()
         logit = logit.masked_fill(rows.column.is_self_BT[:, None], float("-inf"))
-        column = rows.column._replace(log_weight=rows.column.log_weight + torch.log1p(-strength))
-        return rows.plus(column).plus(Slot(logit, value_HD))
+        return rows.plus(Slot(logit, value_HD))
 
     def naive(self, row: PlainRow, call: Call) -> None:
         assert call.position_BT is not None
         if row.is_bos:
             return
-        row.bos_log_weight = row.bos_log_weight + torch.log1p(torch.tensor(-self.alpha, dtype=torch.float64))
+        row.close_bos(self.alpha)
         query_D = row.query_D
         if call.inv_freq_F is not None:
             turn = (call.position_BT[row.at[::2]] - self.offset).double()

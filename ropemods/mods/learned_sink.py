@@ -30,7 +30,7 @@ from ropemods.attention.plain_row import PlainRow
 from ropemods.attention.rows import Rows, wide
 from ropemods.attention.terms import Slot
 from ropemods.mods.base import Call, Mod, Site, Stage
-from ropemods.mods.bos_column import with_bos_column
+from ropemods.mods.bos_column import bos_closed, with_bos_column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +99,12 @@ class LearnedSinkStage(Stage):
     def forward(self, rows: Rows, call: Call) -> Rows:
         strength = self.strength.to(wide(rows.q_BHTD.dtype))
         rows = rows.plus(Slot(self.sink_H(strength.dtype) + strength.log()))
-        if self.mod.read_bos:
-            return rows
-        rows = with_bos_column(rows, call)
-        assert rows.column is not None
-        return rows.plus(rows.column._replace(log_weight=rows.column.log_weight + torch.log1p(-strength)))
+        return rows if self.mod.read_bos else bos_closed(rows, call, strength)
 
     def naive(self, row: PlainRow, call: Call) -> None:
         row.slots.append((self.sink_H(torch.float64)[row.at[1]] + math.log(self.alpha), None))
         if not self.mod.read_bos and not row.is_bos:
-            row.bos_log_weight = row.bos_log_weight + torch.log1p(torch.tensor(-self.alpha, dtype=torch.float64))
+            row.close_bos(self.alpha)
 
     def sink_H(self, dtype: torch.dtype) -> Tensor:
         """The logit of each head at strength 1."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ropemods.attention.plain_row import PlainRow
 from ropemods.attention.rows import Rows, visible_keys, wide
 from ropemods.attention.terms import RowScale
-from ropemods.mods.base import Call, Mod, Site, Stage
+from ropemods.mods.base import Call, Mod, SharedParameter, Site, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LogTemperature(Mod):
         return LogTemperatureStage(self, site.heads)
 
     def shared_stage(self) -> Stage | None:
-        return SharedScale() if self.scale == "shared" else None
+        return SharedParameter(self.kind, "moved", 1) if self.scale == "shared" else None
 
 
 class LogTemperatureStage(Stage):
@@ -119,15 +119,3 @@ class LogTemperatureStage(Stage):
             return self.strength.new_full((1,), self.mod.first, dtype=dtype)
         moved = call.shared[self.mod.kind] if self.mod.scale == "shared" else self.moved
         return self.mod.first + moved.to(dtype)
-
-
-class SharedScale(Stage):
-    """One number for the whole model, handed to its layers with each call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved = nn.Parameter(torch.zeros(1))
-
-    def forward(self, shared: dict[str, Tensor], _: Call) -> dict[str, Tensor]:
-        # A copy, because a partitioned parameter is gone once this module returns.
-        return shared | {LogTemperature.kind: self.moved.clone()}

@@ -54,9 +54,10 @@ def test_learned_positions_fail_the_controls_that_they_should() -> None:
     assert found["position 0 across prompts: change of logits"].passed
 
 
-def test_layer_0_is_no_control_under_a_temperature() -> None:
-    assert "layer 0: residual" not in controls(rm.apply(zoo.build("llama"), rm.AdaptiveTemperature()))
-    assert "layer 0: residual" in controls(rm.apply(zoo.build("llama"), rm.AdaptiveTemperature(), strength=0.0))
+@pytest.mark.parametrize("mod", [rm.AdaptiveTemperature(), rm.LogTemperature(start="log")], ids=str)
+def test_layer_0_is_no_control_where_rows_are_scaled(mod: rm.Mod) -> None:
+    assert "layer 0: residual" not in controls(rm.apply(zoo.build("llama"), mod))
+    assert "layer 0: residual" in controls(rm.apply(zoo.build("llama"), mod, strength=0.0))
 
 
 def test_what_is_planted_is_what_is_found() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ropemods.attention import slots
-from ropemods.attention.rows import Rows, scaled, scaled_column, with_beta
+from ropemods.attention.rows import Rows, scaled, scaled_column, shown, with_beta
 from ropemods.attention.triton.attend import attend as attend_rows
 from ropemods.attention.triton.entropy import entropy
 from ropemods.attention.triton.launch import Column, Rule
@@ -67,7 +67,7 @@ def _spans(rows: Rows) -> Spans:
     queries, keys = rows.q_BHTD.shape[2], rows.k_BGSD.shape[2]
     if rows.mask is None or rows.mask.shape[-2] != queries or rows.mask.shape[-1] != keys:
         return spans(queries, keys, causal=rows.causal, device=rows.q_BHTD.device)
-    seen_BTS = (rows.mask if rows.mask.dtype == torch.bool else rows.mask > float("-inf")).any(1).to(torch.uint8)
+    seen_BTS = shown(rows.mask).any(1).to(torch.uint8)
     some = seen_BTS.amax(-1) > 0
     first = torch.where(some, seen_BTS.argmax(-1), 0)
     past = torch.where(some, keys - seen_BTS.flip(-1).argmax(-1), 0)
