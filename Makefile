@@ -37,7 +37,7 @@ help:
 	@echo "               (MODEL=, TEXT= for yours; DEMO=tiny for a tiny model)"
 	@echo "make test      lint, types and every test"
 	@echo "make quick     the tests that start no other process"
-	@echo "make strangers every use that crossing modifications, architectures and handling gives (make test does a third)"
+	@echo "make strangers every use that crossing modifications, architectures and handling gives (make test does a fifth)"
 	@echo "make lint      lint and types"
 	@echo "make sweep     every check on every RoPE architecture of transformers (CI does a third): evals/results/architectures"
 	@echo "make evals     every claim measured again, and evals/README.md from the results (DATA=, SCALE=nano; resumable)"

@@ -1,6 +1,6 @@
 """Which strangers come, and the table of what became of them.
 
-By default a third of the cases runs, chosen by a hash of their names; `STRANGERS=all` (`make strangers`) runs every
+By default a fifth of the cases runs, chosen by a hash of their names; `STRANGERS=all` (`make strangers`) runs every
 one, and so does naming a case.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.strangers.uses import third
+from tests.strangers.uses import by_default
 
 HERE = Path(__file__).parent
 ANSWERS = ("held", "refused", "moot")
@@ -22,7 +22,7 @@ ANSWERS = ("held", "refused", "moot")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("STRANGERS") == "all" or any("::" in word for word in config.args):
         return
-    left_out = [item for item in items if item.path.parent == HERE and not third(f"{item.path.name} {item.name}")]
+    left_out = [item for item in items if item.path.parent == HERE and not by_default(f"{item.path.name} {item.name}")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
