@@ -23,9 +23,11 @@ import ropemods
 from ropemods.cli.command import Command, Help, parse
 from ropemods.cli.help import help_text
 
-COMMANDS = ("apply", "show", "measure", "compare", "suggest", "train", "export", "bench")
+COMMANDS = ("apply", "show", "measure", "compare", "suggest", "train", "export", "bench", "doctor")
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+"""Exit codes, beside 0: what the user can mend; output that nobody read to the end, or a bug, with its traceback;
+Ctrl-C or a termination."""
 
 LONGEST_MESSAGE = 700
 """Some messages of transformers list every architecture that it knows."""

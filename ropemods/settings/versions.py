@@ -8,6 +8,9 @@ from importlib.metadata import version
 
 VERSION = "0.1.0"
 
+OLDEST = {"torch": "2.11", "transformers": "5.17"}
+"""As pyproject.toml asks for."""
+
 
 def versions_of(*packages: str) -> dict[str, str]:
     """Of ropemods, Python, and those packages that are installed; another had no part in a result."""
