@@ -231,8 +231,8 @@ def complaint(problem_BN: Tensor, column_BN: Tensor, token_BN: Tensor, bos_token
     if problem == AXES:
         return (
             f"row {row} holds tokens whose rotary position is not one number (an image: time, height and width), and "
-            "UnrotatedBos turns a query back by its distance to the BOS, which has to be one; call the model with "
-            "text, or set the strength of unrotated_bos to 0"
+            "a modification here turns queries back by how far along they stand, which has to be one; call the model "
+            "with text, or set the strength of that modification to 0 (ropemods.summary names them)"
         )
     return (
         f"{int(rows.sum())} of {len(rows)} rows hold a sequence that does not begin with the BOS token "

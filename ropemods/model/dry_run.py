@@ -230,7 +230,7 @@ def _check_call(attached: Any, module: nn.Module, asked: attention_function.Aske
         raise ValueError(
             f"{name}'s own {asked.backend} attention does more than softmax(scale · q kᵀ + mask) v with the soft cap "
             f"and sinks that ropemods knows of: the two differ by {error:.1%} on the same inputs, so modifications of "
-            "attention scores would change more than they say; TruncatedRoPE and ReplacedBos still work on this model"
+            "attention scores would change more than they say; those of rotary tables and embeddings still work on it"
         )
 
 
