@@ -23,20 +23,21 @@ IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 # This checkout is what runs, whatever else the environment holds.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-test quick strangers sweep evals: export HF_HUB_OFFLINE := 1
+test quick contract strangers sweep evals: export HF_HUB_OFFLINE := 1
 # One thread a test worker: with more, workers wait for each other.
-test quick strangers: export OMP_NUM_THREADS := 1
+test quick contract strangers: export OMP_NUM_THREADS := 1
 EXTRA := dev
 sweep evals: EXTRA := train
 demo: EXTRA := train gguf
 
-.PHONY: help install lint test quick strangers real-model sweep evals demo given
+.PHONY: help install lint test quick contract strangers real-model sweep evals demo given
 
 help:
 	@echo "make demo      the whole loop on a CPU: a model, modified, fine-tuned in four arms, compared"
 	@echo "               (MODEL=, TEXT= for yours; DEMO=tiny for a tiny model)"
 	@echo "make test      lint, types and every test"
 	@echo "make quick     the tests that start no other process"
+	@echo "make contract  every modification held to its whole contract (make test does a part)"
 	@echo "make strangers every use that crossing modifications, architectures and handling gives (make test does a fifth)"
 	@echo "make lint      lint and types"
 	@echo "make sweep     every check on every RoPE architecture of transformers (CI does a third): evals/results/architectures"
