@@ -72,8 +72,11 @@ def test_there_is_a_recipe_for_each_modification_and_two_for_each_model_with_a_p
     assert all(path.name in page for path in TUNING if path.parent.name == "smollm2-135m")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", TUNING, ids=str)
+def launched(path: Path) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if read(RECIPES / path).get("distributed") else []
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, marks=launched(path), id=str(path)) for path in TUNING])
 def test_a_recipe_trains_three_steps(path: Path, text: Path, tmp_path: Path) -> None:
     as_shipped = read(RECIPES / path)
     recipe = from_values(as_shipped, source=str(path))
