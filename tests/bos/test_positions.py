@@ -63,9 +63,10 @@ def test_text_behind_an_image_is_as_far_from_the_bos_as_its_rotary_position_says
 
 
 @torch.no_grad()
-def test_an_image_is_refused_where_queries_are_turned_by_their_distance() -> None:
-    model = rm.apply(vision_language_model(), UnrotatedBos())
-    with pytest.raises(ValueError, match=r"not one number \(an image.*UnrotatedBos"):
+@pytest.mark.parametrize("mod", [UnrotatedBos(), rm.AnchoredBos(offset=2), rm.KeyedSink(offset=2)], ids=str)
+def test_an_image_is_refused_where_queries_are_turned_by_their_distance(mod: rm.Mod) -> None:
+    model = rm.apply(vision_language_model(), mod)
+    with pytest.raises(ValueError, match=r"not one number \(an image.*set the strength of that modification to 0"):
         model(**with_image())
     model(input_ids=torch.tensor([[1, 9, 10, 11]]))
     rm.set_strength(model, 0.0)
