@@ -211,6 +211,8 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
         if stages is not None:
             layer.ropemods, scored = _placed(stages, layer, model.dtype), True
             layer.ropemods_site.kinds = tuple(kind for kind, _ in stages.stages())
+            if any(mod.needs_hidden and mod.kind in layer.ropemods_site.kinds for mod in mods):
+                attached.handles.append(layer.register_forward_pre_hook(hand_down, with_kwargs=True))
     shared = _stages(mods, lambda mod: mod.shared_stage())
     if shared is not None:
         model.ropemods = _placed(shared, model, model.dtype)
@@ -223,9 +225,6 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
         input_embedding.install(model)
     if any(mod.zeroes_states for mod in mods):
         attached.handles += zero_states.install(model)
-    for _, layer in layers:
-        if any(mod.needs_hidden and mod.kind in layer.ropemods_site.kinds for mod in mods):
-            attached.handles.append(layer.register_forward_pre_hook(hand_down, with_kwargs=True))
     attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
     if scored:
         attached.backend = attention_function.use_interface(model, [layer for _, layer in layers])

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import zlib
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -26,6 +24,7 @@ import ropemods as rm
 from ropemods.model.attention_layers import attention_layers
 from ropemods.mods import Mod
 from tests import oracle, zoo
+from tests.sample import sampled
 
 FEW = ("llama", "gemma3_text", "gpt_neox")
 """One rope table, one a layer type, partial rotary with parallel blocks: for a modification's first variant, and for
@@ -52,17 +51,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         or (architecture, backend) == ("llama", "sdpa")
         or (
             (architecture in FEW or (index == 0 and not traced and cls.everywhere))
-            and chosen(f"{name} {variant} {architecture} {backend}")
+            and sampled(f"{name} {variant} {architecture} {backend}", one_in=6, unless="CONTRACT")
         )
         if not (traced and backend != "sdpa")
         if not (deep and (architecture, backend) != ("llama", "sdpa"))
         if any(concerns(mod) for mod in mods)
     ]
     metafunc.parametrize(("variant", "pair"), cases, ids=["-".join((v, *p)) for v, p in cases])
-
-
-def chosen(case: str) -> bool:
-    return os.environ.get("CONTRACT") == "all" or zlib.crc32(case.encode()) % 6 == 0
 
 
 def concerning(predicate: Callable[[Mod], bool]):

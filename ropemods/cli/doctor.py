@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from ropemods.cli.command import Command
@@ -25,31 +26,28 @@ class Finding(NamedTuple):
 
 
 def run(options: Options) -> None:
-    found = []
-    for finding in (*_versions(), *_devices(), *_kernels(), *_extras(), *_modifications(), *_caches()):
+    wrong = []
+    for finding in chain(_versions(), _devices(), _kernels(), _extras(), _modifications(), _caches()):
         print(f"{finding.mark:<4}{finding.what:<26}{finding.words}".rstrip(), flush=True)
-        found.append(finding)
-    wrong = [finding.what for finding in found if finding.mark == "!!"]
+        if finding.mark == "!!":
+            wrong.append(finding.what)
     if wrong:
         raise ValueError(f"{' and '.join(wrong)} will not do; mend what is marked !! as its line says")
 
 
 def _versions() -> Iterator[Finding]:
-    import platform
-    from importlib.metadata import version
-
     from packaging.version import Version
 
-    from ropemods.settings.versions import OLDEST, VERSION
+    from ropemods.settings.versions import OLDEST, versions_of
 
-    yield Finding("ok", "ropemods", VERSION)
-    yield Finding("ok", "python", platform.python_version())
-    for package, oldest in OLDEST.items():
-        there = version(package)
-        if Version(there) < Version(oldest):
-            yield Finding("!!", package, f"{there} is too old: pip install '{package}>={oldest}'")
+    for name, there in versions_of(*OLDEST).items():
+        oldest = OLDEST.get(name)
+        if oldest is None:
+            yield Finding("ok", name, there)
+        elif Version(there) < Version(oldest):
+            yield Finding("!!", name, f"{there} is too old: pip install '{name}>={oldest}'")
         else:
-            yield Finding("ok", package, f"{there} ({oldest} or newer)")
+            yield Finding("ok", name, f"{there} ({oldest} or newer)")
 
 
 def _devices() -> Iterator[Finding]:

@@ -6,13 +6,12 @@ one, and so does naming a case.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.strangers.uses import by_default
+from tests.sample import sampled
 
 HERE = Path(__file__).parent
 ANSWERS = ("held", "refused", "moot")
@@ -20,9 +19,10 @@ ANSWERS = ("held", "refused", "moot")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("STRANGERS") == "all" or any("::" in word for word in config.args):
+    if any("::" in word for word in config.args):
         return
-    left_out = [item for item in items if item.path.parent == HERE and not by_default(f"{item.path.name} {item.name}")]
+    strangers = [item for item in items if item.path.parent == HERE]
+    left_out = [i for i in strangers if not sampled(f"{i.path.name} {i.name}", one_in=5, unless="STRANGERS")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]

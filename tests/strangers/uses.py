@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import inspect
 import itertools
 import re
@@ -267,8 +266,3 @@ def _cases(axes: dict[str, tuple[Any, ...]], every: bool) -> list[Case]:
                 )
                 cases.append(case)
     return cases
-
-
-def by_default(name: str) -> bool:
-    """Whether a case is of the fifth that runs by default; the same ones for ever."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
