@@ -32,7 +32,9 @@ MAY = {
     "training": (
         "penalty", "leakage", "report", "schedule", "checkpoint", "attach", "mod_words", "model", "mods", "settings",
     ),
-    "cli": ("bench", "training", "leakage", "report", "mod_words", "attach", "model", "mods", "settings"),
+    "cli": (
+        "bench", "training", "leakage", "report", "mod_words", "attach", "model", "mods", "attention", "settings",
+    ),
     "__main__": ("cli",),
 }  # fmt: skip
 """Room by room, a folder or a module of `ropemods`, what it may import."""
