@@ -146,7 +146,7 @@ def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
     """Modifications on a model that has its weights, at strength 0, with what they take from the embedding."""
     attach(model, mods, recorded=recorded)
     finish(model)
-    dry_run.check_dropout(model)
+    dry_run.check_training(model)
     embeds = model.get_input_embeddings()
     # Of the model's own table: an adapter's part is trained, and reloading takes the same from the base alone.
     own = input_embedding.without_adapters(embeds)

@@ -25,23 +25,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ropemods.attention import slots
+from ropemods.attention.capabilities import WIDEST
 from ropemods.attention.slots import Slots
 
 aten = torch.ops.aten
-WIDEST_FLASH = 256
-"""Channels of a head at most, on CUDA."""
-
-
-def unsupported(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> str | None:
-    """Why no kernel of this machine returns a log-sum-exp for these inputs; None when one does."""
-    device, dtype = q_BHTD.device.type, q_BHTD.dtype
-    if device not in ("cpu", "cuda"):
-        return f"no attention kernel with a log-sum-exp is known for device '{device}'"
-    if device == "cuda" and dtype == torch.float64:
-        return "no CUDA attention kernel takes float64"
-    if device == "cuda" and max(q_BHTD.shape[-1], v_BGSD.shape[-1]) > 256:
-        return f"CUDA attention kernels stop at a head dim of 256, and this one is {q_BHTD.shape[-1]}"
-    return None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -88,7 +75,7 @@ def _backward(
 
 def _takes_flash(q: Tensor, mask: Tensor | None) -> bool:
     """Whether CUDA's flash kernel takes a call; the memory-efficient one takes the others, wider heads too."""
-    return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= WIDEST_FLASH
+    return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= WIDEST
 
 
 def aligned(mask: Tensor | None, q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor | None:

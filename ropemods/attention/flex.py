@@ -29,7 +29,6 @@ BLOCK = 128
 
 def entropy(rows: Rows, *, compiled: bool = True) -> Tensor:
     """H of every row as its entropy scale reads it."""
-    _check(rows)
     rows = scaled(rows)
     q, k, column = rows.q_BHTD, rows.k_BGSD, rows.column
     without = rows if column is None else rows._replace(column=column.closed())
@@ -41,7 +40,6 @@ def entropy(rows: Rows, *, compiled: bool = True) -> Tensor:
 
 def attend(rows: Rows, *, compiled: bool = True) -> tuple[Tensor, Tensor]:
     """Returns out_BHTD and the log of the denominator (B, H, T)."""
-    _check(rows)
     if rows.entropy_scale is not None:
         rows = with_beta(rows, entropy(rows, compiled=compiled))
     rows = scaled(rows)
@@ -132,25 +130,3 @@ def _block_mask(rows: Rows) -> Any:
 
 def _causal(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
     return q >= s
-
-
-def _check(rows: Rows) -> None:
-    if rows.q_BHTD.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in rows[:3]):
-        raise ValueError(
-            "FlexAttention has no backward on a CPU; train there with ROPEMODS_KERNEL=flash, or under torch.no_grad()"
-        )
-    if rows.softcap is not None and (rows.entropy_scale is not None or rows.row_scale is not None):
-        raise ValueError(
-            "FlexAttention cannot read the entropy of soft-capped logits; use ROPEMODS_KERNEL=triton, or load the "
-            "model with attn_implementation='eager'"
-        )
-    if rows.offset_bias is not None and (rows.entropy_scale or rows.row_scale or rows.column is not None):
-        raise ValueError(
-            "FlexAttention takes factors by offset without a factor by row and without a BOS column of its own; load "
-            "the model with attn_implementation='eager'"
-        )
-    if rows.dropout > 0:
-        raise ValueError(
-            f"attention dropout of {rows.dropout} was asked for on FlexAttention, which has none; set "
-            "config.attention_dropout = 0, or ROPEMODS_KERNEL=flash"
-        )

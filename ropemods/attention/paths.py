@@ -41,7 +41,7 @@ def chosen(device: torch.device) -> str:
 def obstacle(path: str, device: torch.device) -> str | None:
     """Why a path cannot run on a device; None when it can."""
     if path == "flash":
-        return None  # what its kernels cannot take depends on the call, and `flash.unsupported` says it
+        return None  # what its kernels cannot take depends on the call, and `capabilities` says it
     if path == "flex":
         if device.type == "cpu":
             return "torch compiles FlexAttention for CPUs without the log-sum-exp"

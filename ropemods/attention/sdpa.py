@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropemods.attention import cpu_column, cpu_decode, eager, flash, flex, slots
+from ropemods.attention import capabilities, cpu_column, cpu_decode, eager, flash, flex, slots
 from ropemods.attention.paths import chosen
 from ropemods.attention.rows import Rows, additive_mask, scaled, wide, with_beta
 from ropemods.attention.terms import Column
@@ -38,14 +38,13 @@ def tempered(rows: Rows) -> Rows:
 
 def _entropy_read(rows: Rows) -> Tensor:
     """H of every row as its entropy scale reads it."""
-    path = chosen(rows.q_BHTD.device)
+    path = _chosen(rows)
     if path in ("triton", "triton-rows"):
         from ropemods.attention.triton.entropy import entropy
 
         return entropy(rows)
     if path == "flex":
         return flex.entropy(rows)
-    _check(rows)
     if _few(rows):
         return eager.entropy(_wide(rows))
     rows = scaled(rows)
@@ -66,14 +65,13 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
     On the stock kernels, and without slots, the main pass is `scaled_dot_product_attention` itself, on whichever
     kernel it picks.
     """
-    path = chosen(rows.q_BHTD.device)
+    path = _chosen(rows)
     if path == "triton":
         from ropemods.attention.triton.path import attend as attend_fused
 
         return attend_fused(rows)
     if path == "flex":
         return flex.attend(rows)
-    _check(rows)
     if path == "flash" and cpu_decode.fits(rows):
         return cpu_decode.attend(rows)
     if path == "flash" and _few(rows):
@@ -110,6 +108,13 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
         joined = joined._replace(value_NHD=_padded(joined.value_NHD, q))
     out, lse = flash.attend_with_slots(q, k, _padded(v, q), joined, mask=mask, causal=rows.causal, scale=rows.scale)
     return out[..., :value_dim], lse
+
+
+def _chosen(rows: Rows) -> str:
+    """The path of this machine, which takes these rows."""
+    path = chosen(rows.q_BHTD.device)
+    capabilities.check(path, rows)
+    return path
 
 
 def widened(rows: Rows, column: Column) -> tuple[Tensor, Tensor]:
@@ -153,26 +158,3 @@ def _wide(rows: Rows) -> Rows:
 def _padded(v: Tensor, q: Tensor) -> Tensor:
     """Values as wide as the queries: fused kernels take one head dim."""
     return torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] != q.shape[-1] else v
-
-
-def _check(rows: Rows) -> None:
-    if rows.softcap is not None:
-        raise ValueError(
-            "a soft cap on the attention logits was asked for on the sdpa path, whose kernels have none; "
-            "load the model with attn_implementation='eager', or on CUDA set ROPEMODS_KERNEL=triton"
-        )
-    if rows.key_bias is not None or rows.offset_bias is not None:
-        raise ValueError(
-            "a bias of keys or offsets was asked for on the sdpa path, whose kernels have none; load the model with "
-            "attn_implementation='eager', or on CUDA set ROPEMODS_KERNEL=flex"
-        )
-    if rows.dropout > 0 and rows.slots:
-        raise ValueError(
-            f"attention dropout of {rows.dropout} beside a slot (a sink) was asked for on the sdpa path, whose "
-            "kernels return no log-sum-exp with dropout; set config.attention_dropout = 0 or load the model with "
-            "attn_implementation='eager'"
-        )
-    if rows.entropy_scale is not None or rows.slots:
-        reason = flash.unsupported(rows.q_BHTD, rows.k_BGSD, rows.v_BGSD)
-        if reason is not None:
-            raise ValueError(f"{reason}; load the model with attn_implementation='eager'")

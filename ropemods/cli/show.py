@@ -21,6 +21,9 @@ class Options:
     """
 
     path: str = option(REQUIRED, "folder of a checkpoint or adapter, or a name on the hub", positional=True)
+    paths: bool = option(
+        False, "instead: which attention paths of this machine train this model with its modifications, or with any"
+    )
     json: bool = option(False, "print JSON instead of text, with the wavelength of every band")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     register: tuple[Any, ...] = registering()
@@ -31,6 +34,12 @@ def run(options: Options) -> None:
     from ropemods.cli.stock_checkpoints import quieten
 
     quieten()
+    if options.paths:
+        from ropemods.cli.path_table import paths_in_text, paths_of
+
+        able = paths_of(options.path, trust_remote_code=options.trust_remote_code)
+        print(json.dumps(able, indent=2) if options.json else paths_in_text(able))
+        return
     found = describe(options.path, trust_remote_code=options.trust_remote_code)
     print(json.dumps(found, indent=2) if options.json else in_text(found))
 
@@ -130,5 +139,6 @@ COMMAND = Command(
     example="""
         ropemods show ./smollm2-p-rope
         ropemods show HuggingFaceTB/SmolLM2-135M --json
+        ropemods show HuggingFaceTB/SmolLM2-135M --paths
     """,
 )

@@ -52,6 +52,8 @@ class AttentionSite:
     """1 where queries turn counterclockwise, -1 where the model's convention is the other one."""
     dropout: float = 0.0
     """Of attention weights, as the layer asks for it in training."""
+    untrainable: str | None = None
+    """Why the path that would run cannot train the rows that the modifications make here; None where it can."""
     active: bool = False
     """Whether any stage of this layer is at a strength above 0."""
     listeners: list[Callable[[Any], None]] = dataclasses.field(default_factory=list)

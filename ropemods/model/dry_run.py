@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.attention import eager
+from ropemods.attention import capabilities, eager, paths
 from ropemods.attention.rows import Rows, shown
 from ropemods.model import attention_function, rope_tables
 from ropemods.model.attention_layers import HIDDEN, Stages, attention_layers
@@ -165,7 +165,8 @@ def _check_causal(model: PreTrainedModel, module: nn.Module, asked: attention_fu
 
 
 def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dict[str, Tensor]) -> None:
-    """That no two modifications set the same of a row, where the later would undo the earlier."""
+    """That no two modifications set the same of a row, where the later would undo the earlier; and whether the path
+    that will run can train the row that they make."""
     site = module.ropemods_site
     rows = attention_function.rows_of(asked.backend, module, *asked.inputs, **asked.own_options)
     call = site.call(asked.options.get(BOS), rows.k_BGSD.shape[2], shared, asked.options.get(HIDDEN))
@@ -190,6 +191,12 @@ def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dic
                     "would undo the first; leave one out, or give each layers= of its own"
                 )
             setters[name] = kind
+    if asked.backend == "sdpa":
+        in_training = rows._replace(dropout=site.dropout)
+        path = paths.chosen(rows.q_BHTD.device)
+        found = capabilities.limit(path, in_training, rows.q_BHTD.device.type)
+        if found is not None:
+            site.untrainable = capabilities.refusal(path, found, in_training, rows.q_BHTD.device)
 
 
 def _set_once(rows: Rows) -> dict[str, Any]:
@@ -243,18 +250,12 @@ def _dropout(module: nn.Module, seen: Seen) -> float:
         module.training = False
 
 
-def check_dropout(model: PreTrainedModel) -> None:
-    """Refuse what the first training step would: no fused kernel has dropout beside a sink."""
-    attached = model.ropemods_attached
-    sinks = [mod for mod in attached.mods if mod.adds_sink]
+def check_training(model: PreTrainedModel) -> None:
+    """Refuse what the first training step would, such as dropout beside a sink on kernels that cannot have both."""
     for _, layer in attention_layers(model):
         site = layer.ropemods_site
-        if attached.backend == "sdpa" and site.dropout > 0 and any(mod.kind in site.kinds for mod in sinks):
-            raise ValueError(
-                f"{sinks[0].kind}: this model trains with attention dropout of {site.dropout}, and the fused kernels "
-                "of the sdpa path have none beside a sink; set model.config.attention_dropout = 0 before the model is "
-                "made (from_pretrained(..., attention_dropout=0.0)), or load it with attn_implementation='eager'"
-            )
+        if site.untrainable is not None:
+            raise ValueError(f"{' and '.join(site.kinds)}: {site.untrainable}")
 
 
 # What turns the queries

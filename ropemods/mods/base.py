@@ -220,11 +220,6 @@ class Mod:
         return False
 
     @property
-    def adds_sink(self) -> bool:
-        """Whether the stage adds to the softmax's denominator, for which fused kernels have no dropout."""
-        return False
-
-    @property
     def zeroes_states(self) -> bool:
         """Whether a position may be exactly zero in every layer, where backpropagation multiplies zero by infinity."""
         return False

@@ -65,10 +65,6 @@ class KeyedSink(Mod):
         return True
 
     @property
-    def adds_sink(self) -> bool:
-        return True
-
-    @property
     def has_parameters(self) -> bool:
         return self.trains != "none"
 

@@ -57,10 +57,6 @@ class LearnedSink(Mod):
         return True
 
     @property
-    def adds_sink(self) -> bool:
-        return True
-
-    @property
     def calibrates(self) -> bool:
         return self.init == "calibrated"
 

@@ -64,23 +64,3 @@ def test_gradients_equal_those_of_eager() -> None:
     ours, leaves = moved(rows, torch.float32)
     exact, wide_leaves = moved(rows, torch.float64)
     assert_equal(everything(flex.attend, ours, leaves), everything(eager.attend, exact, wide_leaves), 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"softcap": 3.0}, "entropy of soft-capped logits.*ROPEMODS_KERNEL=triton"),
-        ({"dropout": 0.1}, "dropout.*ROPEMODS_KERNEL=flash"),
-    ],
-)
-def test_what_it_cannot_do_names_what_can(change: dict, message: str) -> None:
-    rows = problem(CASE, torch.float32)
-    with pytest.raises(ValueError, match=message):
-        flex.attend(rows._replace(**change), compiled=False)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="of CPUs")
-def test_on_a_cpu_a_backward_is_refused() -> None:
-    ours, _ = moved(problem(CASE, torch.float32), torch.float32)
-    with pytest.raises(ValueError, match=r"no backward on a CPU.*ROPEMODS_KERNEL=flash"):
-        flex.attend(ours)

@@ -226,17 +226,3 @@ def test_nan_stays_in_its_rows() -> None:
     for path in PATHS.values():
         out = path.attend(Rows(q, k, v, mask=None, causal=True, scale=0.3, entropy_scale=rule))[0]
         assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"softcap": 5.0}, "soft cap .* attn_implementation='eager'"),
-        ({"dropout": 0.1, "slots": (Slot(torch.zeros(2)),)}, "attention_dropout = 0"),
-        ({"key_bias": KeyBias(torch.zeros(1, 1, 5))}, "bias of keys .* attn_implementation='eager'"),
-    ],
-)
-def test_what_the_fused_path_cannot_do_names_what_can(change: dict, message: str) -> None:
-    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
-    with pytest.raises(ValueError, match=message):
-        sdpa.attend(Rows(q, k, v, mask=None, causal=True, scale=0.3)._replace(**change))

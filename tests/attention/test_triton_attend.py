@@ -311,16 +311,3 @@ def test_inference_keeps_nothing_for_a_backward() -> None:
     with torch.no_grad():
         assert attend(q, k, v, where, scale=0.3, rule=rule(2)).slope.numel() == 0
     assert attend(q, k, v, where, scale=0.3).slope.numel() == 0
-
-
-@pytest.mark.parametrize(
-    ("dtype", "dim", "message"),
-    [(torch.float64, 16, "float16, bfloat16, float32"), (torch.float32, 257, "head dims to 256")],
-)
-def test_what_the_kernels_cannot_do_names_what_can(dtype: torch.dtype, dim: int, message: str) -> None:
-    q, k, v = (torch.randn(1, 1, 2, dim, dtype=dtype, device=DEVICE) for _ in range(3))
-    with pytest.raises(ValueError, match=f"{message}.*eager"):
-        attend(q, k, v, spans(2, 2, device=DEVICE), scale=1.0)
-    rows = Rows(*(x.float()[..., :16] for x in (q, k, v)), mask=None, causal=True, scale=1.0, dropout=0.1)
-    with pytest.raises(ValueError, match=r"dropout.*eager"):
-        path.attend(rows)

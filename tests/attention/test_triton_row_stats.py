@@ -215,13 +215,3 @@ def test_opcheck_finds_nothing() -> None:
     for given_mask in (None, mask):
         arguments = (q, k, *spans(5, 5, device=DEVICE), given_mask, 0.25, 0.0, 16, 16)
         torch.library.opcheck(torch.ops.ropemods.row_stats, arguments)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "dim", "message"),
-    [(torch.float64, 16, "float16, bfloat16, float32"), (torch.float32, 257, "head dims to 256")],
-)
-def test_what_the_kernels_cannot_do_names_what_can(dtype: torch.dtype, dim: int, message: str) -> None:
-    q, k = inputs(1, 1, 1, 2, 2, dim, dtype)
-    with pytest.raises(ValueError, match=f"{message}.*eager"):
-        row_stats(q, k, spans(2, 2, device=DEVICE), scale=1.0)

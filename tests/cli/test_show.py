@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,19 @@ def test_show_describes_an_adapter_and_its_base(
     assert found["model"] is None
     assert found["mods"][0]["kind"] == "truncated_rope"
     assert "the base model is not described: model: there is no such folder here" in found["notes"][0]
+
+
+def test_show_paths_reads_the_table_of_capabilities(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("apply model out --mods learned_sink:init=0 scale_invariant:start=paper --attn_implementation eager")
+    run("show out --paths --json")
+    found = json.loads(capsys.readouterr().out)
+    assert {mod: [path for path, why in reasons.items() if why is None] for mod, reasons in found["mods"].items()} == {
+        "LearnedSink(init=0.0)": ["eager", "flash", "triton", "triton-rows", "flex"],
+        "ScaleInvariant(tau=10.0, start='paper')": ["eager", "flex"],
+        "LearnedSink(init=0.0) + ScaleInvariant(tau=10.0, start='paper')": ["eager"],
+    }
+    assert found["paths"]["flash"] is None and ("CUDA" in found["paths"]["triton"]) != torch.cuda.is_available()
+    run("show model --paths")
+    text = capsys.readouterr().out
+    assert text.startswith("training on c") and "\nScaleInvariant(tau=10.0)" in text and "\nKeyedSink()" in text
+    assert "a slot with a value, or with a logit of each row was asked for on the triton kernels" in text

@@ -56,7 +56,7 @@ def attend(
     logits of the column, the sink, β and the coefficients. `parts` splits the keys: 1 never does, None chooses.
     Without `blocks` each kernel has its own.
     """
-    launch.check("the triton kernels", q_BHTD, k_BGSD, v_BGSD, spans, mask)
+    launch.check(q_BHTD, k_BGSD, v_BGSD, spans)
     if mask is not None:
         mask = mask.expand(*q_BHTD.shape[:3], k_BGSD.shape[2])
     if column is None:

@@ -15,8 +15,6 @@ from ropemods.attention.triton import attend_kernels, decode_kernels, gradient_k
 from ropemods.attention.triton.blocks import Blocks, blocks_of, padded
 from ropemods.attention.triton.spans import Spans
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDEST = 256
 FEW_LANES = 64
 """Queries times heads of a key/value head that one program of the decode kernels takes."""
 PROGRAMS = 256
@@ -104,18 +102,8 @@ def parts(q: Tensor, k: Tensor) -> int:
     return max(1, min(PROGRAMS // (batch * groups), keys // 128, 32))
 
 
-def check(what: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor | None) -> None:
-    """Refuse what the kernels cannot take; `what` takes it not. Those without values are given the keys for them."""
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        given = ", ".join(str(x.dtype) for x in (q, k, v))
-        raise ValueError(
-            f"{what} take queries, keys and values of one dtype out of {known}, not {given}; ROPEMODS_KERNEL=flash and "
-            "attn_implementation='eager' take others"
-        )
-    widest = max(q.shape[3], v.shape[3])
-    if widest > WIDEST:
-        raise ValueError(f"{what} take head dims to {WIDEST}, not {widest}; attn_implementation='eager' takes any")
+def check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
+    """That shapes belong together. Callers without values give the keys for them."""
     batch, heads, queries, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim or heads % k.shape[1] or v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -128,8 +116,6 @@ def check(what: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, mask: Tensor
                 f"spans must be int32 of shape ({batch}, {queries}) or (1, {queries}), not {span.dtype} of "
                 f"{tuple(span.shape)}"
             )
-    if mask is not None and mask.requires_grad:
-        raise ValueError(f"{what} give the mask no gradient; attn_implementation='eager' does")
 
 
 def forward(

@@ -18,7 +18,6 @@ from ropemods.attention.triton.spans import Spans, spans
 
 def attend(rows: Rows) -> tuple[Tensor, Tensor]:
     """Returns out_BHTD and the log of the denominator (B, H, T)."""
-    _check(rows)
     asked = rows.entropy_scale
     if asked is not None and not asked.cornered:  # the kernels have the published rule in them
         rows, asked = with_beta(rows, entropy(rows)), None
@@ -72,26 +71,3 @@ def _spans(rows: Rows) -> Spans:
     first = torch.where(some, seen_BTS.argmax(-1), 0)
     past = torch.where(some, keys - seen_BTS.flip(-1).argmax(-1), 0)
     return Spans(first.to(torch.int32).contiguous(), past.to(torch.int32).contiguous())
-
-
-def _check(rows: Rows) -> None:
-    if rows.softcap is not None and rows.row_scale is not None and rows.entropy_scale is not None:
-        raise ValueError(
-            "a factor on soft-capped rows and one read off their entropy were asked for together on the triton "
-            "kernels, which take one of them; load the model with attn_implementation='eager'"
-        )
-    if any(slot.value_HD is not None or slot.logit.ndim == 3 for slot in rows.slots):
-        raise ValueError(
-            "a slot with a value, or with a logit of each row, was asked for on the triton kernels, whose slots have "
-            "one logit a head; set ROPEMODS_KERNEL=flash, or load the model with attn_implementation='eager'"
-        )
-    if rows.key_bias is not None or rows.offset_bias is not None:
-        raise ValueError(
-            "a bias of keys or offsets was asked for on the triton kernels, which have none; load the model with "
-            "attn_implementation='eager', or set ROPEMODS_KERNEL=flex"
-        )
-    if rows.dropout > 0:
-        raise ValueError(
-            f"attention dropout of {rows.dropout} was asked for on the triton kernels, which have none; set "
-            "config.attention_dropout = 0, or ROPEMODS_KERNEL=flash, or load the model with attn_implementation='eager'"
-        )

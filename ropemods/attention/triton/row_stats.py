@@ -36,7 +36,7 @@ def row_stats(
     `mask` hides keys within the spans (boolean) or is added to the logits; it broadcasts to (B, H, T, S). A row that
     sees nothing has lse −inf and H 0.
     """
-    check("row statistics", q_BHTD, k_BGSD, k_BGSD, spans, mask)
+    check(q_BHTD, k_BGSD, k_BGSD, spans)
     batch, heads, queries, _ = q_BHTD.shape
     if mask is not None:
         mask = mask.expand(batch, heads, queries, k_BGSD.shape[2])
