@@ -126,6 +126,7 @@ def test_show_describes_an_adapter_and_its_base(
 
 def test_show_paths_reads_the_table_of_capabilities(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("apply model out --mods learned_sink:init=0 scale_invariant:start=paper --attn_implementation eager")
+    capsys.readouterr()
     run("show out --paths --json")
     found = json.loads(capsys.readouterr().out)
     assert {mod: [path for path, why in reasons.items() if why is None] for mod, reasons in found["mods"].items()} == {
