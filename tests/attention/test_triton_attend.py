@@ -270,7 +270,7 @@ def operands(given: str, parts: int) -> tuple:
     elif given == "beta":
         beta = (1 + numbers.abs()).requires_grad_()
     where = spans(4, 4, device=DEVICE)
-    return q, k, v, *where, mask, *column, sink, *read, beta, 0.25, 0.0, False, True, parts, 16, 16
+    return q, k, v, *where, mask, *column, 0.25, 0.0, False, sink, *read, beta, True, parts, 16, 16
 
 
 @pytest.mark.parametrize("given", ["nothing", "everything", "beta"])

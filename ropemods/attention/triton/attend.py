@@ -9,30 +9,31 @@ Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from ropemods.attention.operators import operator
 from ropemods.attention.triton import launch, tiles
 from ropemods.attention.triton.blocks import Blocks
-from ropemods.attention.triton.launch import Column, Inputs, Rule
+from ropemods.attention.triton.launch import Attended, Column, Gradients, Inputs, Rule, Terms, Upstream
 from ropemods.attention.triton.spans import Spans
 
 
-class Attended(NamedTuple):
-    """What the forward operator returns; what a call has no use for is empty."""
+class Options(NamedTuple):
+    """How the forward goes about it."""
 
-    out: Tensor
-    log_z: Tensor
-    """Log of the denominator (B, H, T), the sink included."""
-    lse: Tensor
-    entropy: Tensor
-    """Of the untempered row, over the keys that the temperature counts."""
-    beta: Tensor
-    slope: Tensor
-    """∂O/∂β."""
+    keep: bool
+    """Whether a backward may follow."""
+    parts: int
+    """Into how many the keys are split."""
+    rows: int
+    """Of a tile; 0 leaves its size to `blocks`."""
+    keys: int
+
+    def tile(self, stages: int = 2) -> Blocks | None:
+        return Blocks(self.rows, self.keys, stages=stages) if self.rows else None
 
 
 def attend(
@@ -67,110 +68,79 @@ def attend(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grown)
     if parts is None:
         parts = launch.parts(q_BHTD, k_BGSD)
-    rows, tile_keys = (0, 0) if blocks is None else blocks[:2]
-    given = q_BHTD, k_BGSD, v_BGSD, *spans, mask, *column, sink_H, *rule, beta_BHT
-    return Attended(*_attend_rows(*given, scale, softcap or 0.0, spared, keep, parts, rows, tile_keys))
+    return attend_rows(
+        Inputs(q_BHTD, k_BGSD, v_BGSD, *spans, mask, *column, scale, softcap or 0.0, spared),
+        Terms(sink_H, *rule, beta_BHT),
+        Options(keep, parts, *((0, 0) if blocks is None else blocks[:2])),
+    )
 
 
-@custom_op("ropemods::attend_rows", mutates_args=())
-def _attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, past: Tensor, mask: Tensor | None,
-    is_bos: Tensor | None, bos_logit: Tensor | None, bos_weight: Tensor | None, bos_counted: Tensor | None,
-    sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float, beta: Tensor | None,
-    scale: float, softcap: float, spared: bool, keep: bool, parts: int, rows: int, keys: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = Inputs(q, k, v, first, past, mask, is_bos, bos_logit, bos_weight, bos_counted, scale, softcap, spared)
-    rest = sink, coefficients, strength, hold_from, beta
-    made = _empty(q, v, coefficients is not None, beta is not None, keep)
-    run = launch.forward if parts == 1 else launch.decode
-    run(inputs, *rest, made, Blocks(rows, keys) if rows else None, parts)
+@operator("attend_rows", Inputs, Terms, Options, returns=Attended)
+def attend_rows(inputs: Inputs, terms: Terms, options: Options) -> Attended:
+    made = _empty(inputs, terms, options)
+    if options.parts == 1:
+        launch.forward(inputs, terms, made, options.tile())
+    else:
+        launch.decode(inputs, terms, made, options.tile(), options.parts)
     return made
 
 
-@_attend_rows.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    coefficients, beta, keep = rest[8], rest[11], rest[15]
-    return _empty(q, v, coefficients is not None, beta is not None, keep)
+def _empty(inputs: Inputs, terms: Terms, options: Options) -> Attended:
+    q, v, kind = inputs.q, inputs.v, terms.kind()
 
-
-def _empty(q: Tensor, v: Tensor, read: bool, given: bool, keep: bool) -> tuple[Tensor, ...]:
     def numbers(there: bool) -> Tensor:
         return torch.empty(q.shape[:3] if there else (0,), dtype=torch.float32, device=q.device)
 
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    slope = torch.empty_like(out) if keep and (read or given) else out.new_empty(0)
-    return out, numbers(True), numbers(read), numbers(read), numbers(read), slope
+    slope = torch.empty_like(out) if options.keep and kind != tiles.NO_BETA else out.new_empty(0)
+    read = terms.coefficients is not None
+    return Attended(out, numbers(True), numbers(read), numbers(read), numbers(read), slope)
 
 
-@custom_op("ropemods::attend_rows_backward", mutates_args=())
-def _attend_rows_backward(
-    d_out: Tensor, delta: Tensor, d_entropy: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor,
-    past: Tensor, mask: Tensor | None, is_bos: Tensor | None, bos_logit: Tensor | None, bos_weight: Tensor | None,
-    bos_counted: Tensor | None, beta: Tensor | None, log_z: Tensor, lse: Tensor, entropy: Tensor,
-    scale: float, softcap: float, spared: bool, rows: int, keys: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = Inputs(q, k, v, first, past, mask, is_bos, bos_logit, bos_weight, bos_counted, scale, softcap, spared)
-    kind = tiles.NO_BETA if beta is None else tiles.GIVEN if d_entropy is None else tiles.FROM_ENTROPY
-    made = _empty_gradients(d_out, delta, d_entropy, q, k, v, first, past, mask, is_bos)
-    blocks = Blocks(rows, keys, stages=1) if rows else None
-    launch.backward(inputs, kind, beta, (d_out, log_z, lse, entropy, delta, d_entropy), made, blocks)
+@operator("attend_rows_backward", Inputs, Upstream, Options, returns=Gradients)
+def attend_rows_backward(inputs: Inputs, upstream: Upstream, options: Options) -> Gradients:
+    made = _empty_gradients(inputs, upstream, options)
+    launch.backward(inputs, upstream, made, options.tile(stages=1))
     return made
 
 
-@_attend_rows_backward.register_fake
-def _empty_gradients(
-    d_out: Tensor, delta: Tensor, d_entropy: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor,
-    past: Tensor, mask: Tensor | None, is_bos: Tensor | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv, torch.empty((0,) if is_bos is None else delta.shape, dtype=torch.float32, device=q.device)
+def _empty_gradients(inputs: Inputs, upstream: Upstream, _: Options) -> Gradients:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
+    shape = (0,) if inputs.is_bos is None else upstream.delta.shape
+    return Gradients(dq, dk, dv, torch.empty(shape, dtype=torch.float32, device=dq.device))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, first, past, mask, is_bos, logit, weight, counted, sink, coefficients, strength, hold_from, beta, *_ = (
-        inputs
-    )
-    ctx.scale, ctx.softcap, ctx.spared, _, _, ctx.rows, ctx.keys = inputs[15:]
-    ctx.hold_from = hold_from
-    ctx.mark_non_differentiable(*output[1:])
-    column = is_bos, logit, weight, counted
-    ctx.save_for_backward(q, k, v, first, past, mask, *column, sink, coefficients, strength, beta, *output)
-
-
-def _gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, sink, coefficients, strength, beta, out, log_z, lse, entropy, made_beta, slope = ctx.saved_tensors
+def _gradients(
+    d_out: Tensor, inputs: Inputs, terms: Terms, options: Options, made: Attended
+) -> dict[str, Tensor | None]:
     d_wide = d_out.float()
-    delta = (d_wide * out.float()).sum(-1)
-    d_beta = d_entropy = d_coefficients = d_sink = None
-    if beta is not None or coefficients is not None:
-        d_beta = (d_wide * slope.float()).sum(-1)
-    if coefficients is not None:
-        d_coefficients, d_entropy = _through_rule(d_beta, entropy, coefficients, strength, ctx.hold_from)
-    if sink is not None:
+    delta = (d_wide * made.out.float()).sum(-1)
+    found: dict[str, Tensor | None] = {}
+    d_entropy, beta = None, terms.beta
+    d_beta = (d_wide * made.slope.float()).sum(-1) if made.slope.numel() else None
+    if beta is not None:
+        found["beta"] = d_beta
+    if terms.coefficients is not None:
+        found["coefficients"], d_entropy = _through_rule(d_beta, made.entropy, terms)
+        beta = made.beta
+    if terms.sink is not None:
         # The sink's share of a row is e^(sink − log z), and its value is 0.
-        d_sink = -(torch.exp(sink[:, None] - log_z) * delta).sum((0, 2))
-    options = ctx.scale, ctx.softcap, ctx.spared, ctx.rows, ctx.keys
-    known = beta if coefficients is None else made_beta
-    dq, dk, dv, d_logit = _attend_rows_backward(
-        d_out, delta, d_entropy, *inputs, known, log_z, lse, entropy, *options
-    )  # fmt: skip
-    if inputs[6] is None:
-        d_logit = None
-    d_given = None if beta is None else d_beta
-    nones = [None] * 3
-    return dq, dk, dv, *nones, None, d_logit, None, None, d_sink, d_coefficients, None, None, d_given, *[None] * 7
+        found["sink"] = -(torch.exp(terms.sink[:, None] - made.log_z) * delta).sum((0, 2))
+    upstream = Upstream(d_out, made.log_z, made.lse, made.entropy, delta, d_entropy, beta)
+    found |= attend_rows_backward(inputs, upstream, options)._asdict()
+    return found if inputs.is_bos is not None else found | {"bos_logit": None}
 
 
-def _through_rule(
-    d_beta: Tensor, entropy: Tensor, coefficients: Tensor, strength: Tensor, hold_from: float
-) -> tuple[Tensor, Tensor]:
+def _through_rule(d_beta: Tensor | None, entropy: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """dβ taken back through `tiles.beta_of`: to the coefficients (H, C) and the entropy (B, H, T)."""
+    coefficients, hold_from = terms.coefficients, terms.hold_from
+    assert d_beta is not None and coefficients is not None and terms.strength is not None
     h = entropy.clamp(max=hold_from)
     value, steepness = torch.zeros_like(h), torch.zeros_like(h)
     for power in range(coefficients.shape[1]):
         steepness = steepness * h + value
         value = value * h + coefficients[:, power, None]
-    d_value = torch.where((entropy > 0.5) & (value >= 1), d_beta * strength, torch.zeros_like(value))
+    d_value = torch.where((entropy > 0.5) & (value >= 1), d_beta * terms.strength, torch.zeros_like(value))
     d_entropy = torch.where(entropy <= hold_from, d_value * steepness, torch.zeros_like(value))
     of_power, d_coefficients = torch.ones_like(h), []
     for _ in range(coefficients.shape[1]):
@@ -179,4 +149,6 @@ def _through_rule(
     return torch.stack(d_coefficients[::-1], 1), d_entropy
 
 
-_attend_rows.register_autograd(_gradients, setup_context=_keep)
+attend_rows.fake(_empty)
+attend_rows.gradients(_gradients)
+attend_rows_backward.fake(_empty_gradients)

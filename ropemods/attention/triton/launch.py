@@ -56,6 +56,7 @@ class Inputs(NamedTuple):
     bos_counted: Tensor | None
     scale: float
     softcap: float
+    """0 is none."""
     spared: bool
 
     def column(self) -> tuple[Tensor | None, ...]:
@@ -78,6 +79,9 @@ class Inputs(NamedTuple):
         mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
         return mask, mask.stride()
 
+    def spares_bos(self, kind: int) -> bool:
+        return self.spared and self.is_bos is not None and kind != tiles.NO_BETA
+
     def span_stride(self) -> int:
         return self.first.stride(0) if self.first.shape[0] > 1 else 0
 
@@ -91,6 +95,60 @@ class Inputs(NamedTuple):
             "CAPPED": self.softcap > 0,
             "BOS": self.is_bos is not None,
         }
+
+
+class Terms(NamedTuple):
+    """What the forward alone reads: the backward is given what they came to."""
+
+    sink: Tensor | None
+    coefficients: Tensor | None
+    strength: Tensor | None
+    hold_from: float
+    beta: Tensor | None
+
+    def kind(self) -> int:
+        if self.beta is not None:
+            return tiles.GIVEN
+        return tiles.NO_BETA if self.coefficients is None else tiles.FROM_ENTROPY
+
+
+class Attended(NamedTuple):
+    """What the forward operator returns; what a call has no use for is empty."""
+
+    out: Tensor
+    log_z: Tensor
+    """Log of the denominator (B, H, T), the sink included."""
+    lse: Tensor
+    entropy: Tensor
+    """Of the untempered row, over the keys that the temperature counts."""
+    beta: Tensor
+    slope: Tensor
+    """∂O/∂β."""
+
+
+class Upstream(NamedTuple):
+    """What the backward reads beside the inputs."""
+
+    d_out: Tensor
+    log_z: Tensor
+    lse: Tensor
+    entropy: Tensor
+    delta: Tensor
+    """⟨dO, O⟩ (B, H, T)."""
+    d_entropy: Tensor | None
+    beta: Tensor | None
+
+    def kind(self) -> int:
+        if self.beta is None:
+            return tiles.NO_BETA
+        return tiles.GIVEN if self.d_entropy is None else tiles.FROM_ENTROPY
+
+
+class Gradients(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bos_logit: Tensor
 
 
 def parts(q: Tensor, k: Tensor) -> int:
@@ -118,11 +176,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
             )
 
 
-def forward(
-    inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float,
-    beta: Tensor | None, made: tuple[Tensor, ...], asked: Blocks | None, parts: int,
-) -> None:  # fmt: skip
+def forward(inputs: Inputs, terms: Terms, made: Attended, asked: Blocks | None) -> None:
     q, k, v = inputs[:3]
+    sink, coefficients, strength, hold_from, beta = terms
     out, log_z, lse, entropy, made_beta, slope = made
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
@@ -139,7 +195,7 @@ def forward(
         *(heads, heads // k.shape[1], queries, k.shape[2], head_dim, v.shape[3]),
         *(inputs.scale, inputs.softcap, hold_from),
         **inputs.constants(),
-        **_terms(inputs, sink, coefficients, beta, slope),
+        **_constants(inputs, terms, slope),
         SINK=sink is not None,
         VDIM=padded(v.shape[3]),
         ROWS=size.rows,
@@ -149,20 +205,15 @@ def forward(
     )
 
 
-def _terms(
-    inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, beta: Tensor | None, slope: Tensor
-) -> dict[str, Any]:
-    kind = tiles.GIVEN if beta is not None else tiles.FROM_ENTROPY if coefficients is not None else tiles.NO_BETA
-    powers = 0 if coefficients is None else coefficients.shape[1]
-    spared = inputs.spared and inputs.is_bos is not None and kind != tiles.NO_BETA
-    return {"SPARED": spared, "BETA": kind, "POWERS": powers, "KEEP": slope.numel() > 0}
+def _constants(inputs: Inputs, terms: Terms, slope: Tensor) -> dict[str, Any]:
+    kind = terms.kind()
+    powers = 0 if terms.coefficients is None else terms.coefficients.shape[1]
+    return {"SPARED": inputs.spares_bos(kind), "BETA": kind, "POWERS": powers, "KEEP": slope.numel() > 0}
 
 
-def decode(
-    inputs: Inputs, sink: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float,
-    beta: Tensor | None, made: tuple[Tensor, ...], asked: Blocks | None, parts: int,
-) -> None:  # fmt: skip
+def decode(inputs: Inputs, terms: Terms, made: Attended, asked: Blocks | None, parts: int) -> None:
     q, k, v = inputs[:3]
+    sink, coefficients, strength, hold_from, beta = terms
     out, log_z, lse, entropy, made_beta, slope = made
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
@@ -170,7 +221,7 @@ def decode(
     size = asked or inputs.blocks("decode")
     part = triton.cdiv(triton.cdiv(keys, parts), size.keys) * size.keys
     parts = triton.cdiv(keys, part)
-    terms = _terms(inputs, sink, coefficients, beta, slope)
+    constants = _constants(inputs, terms, slope)
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(batch, heads, queries, *shape, dtype=torch.float32, device=q.device)
@@ -182,7 +233,7 @@ def decode(
     options = {"num_warps": size.warps, "num_stages": size.stages}
     tile_sizes = {"ROWS": lanes, "KEYS": size.keys} | options | inputs.constants()
     scores, statistics = q, [q, q, q]
-    if terms["BETA"] == tiles.FROM_ENTROPY:
+    if constants["BETA"] == tiles.FROM_ENTROPY:
         scores, statistics = numbers(keys), [numbers(parts) for _ in range(3)]
         tensors = q, k, inputs.first, inputs.past, mask, inputs.is_bos, inputs.bos_logit, inputs.bos_counted
         decode_kernels.split_scores_kernel[grid](
@@ -190,7 +241,7 @@ def decode(
             *(*q.stride(), *k.stride(), *common, *sizes, part, inputs.scale, inputs.softcap),
             **tile_sizes,
         )
-    keep = terms["KEEP"]
+    keep = constants["KEEP"]
     sums = [numbers(parts), numbers(parts), numbers(parts, value_dim)]
     sums += [numbers(parts), numbers(parts), numbers(parts, value_dim)] if keep else sums
     tensors = (
@@ -202,7 +253,7 @@ def decode(
         *(*q.stride(), *k.stride(), *v.stride(), *common, *sizes, value_dim, part),
         *(inputs.scale, inputs.softcap, hold_from),
         **tile_sizes,
-        **terms,
+        **constants,
         VDIM=padded(value_dim),
         PARTS=triton.next_power_of_2(parts),
     )
@@ -216,40 +267,34 @@ def decode(
     )
 
 
-def backward(
-    inputs: Inputs,
-    kind: int,
-    beta: Tensor | None,
-    given: tuple[Tensor | None, ...],
-    made: tuple[Tensor, ...],
-    asked: Blocks | None,
-) -> None:
-    """`given` is dO, log z, lse, H, ⟨dO, O⟩ and dH; `made` is filled with dq, dk, dv and the BOS logits' gradient."""
+def backward(inputs: Inputs, upstream: Upstream, made: Gradients, asked: Blocks | None) -> None:
+    """Fills `made`."""
     q, k, v = inputs[:3]
     dq, dk, dv, d_logit = made
+    *given, beta = upstream
+    kind = upstream.kind()
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
     groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    given = tuple(None if x is None else x.contiguous() for x in given)
-    tensors = q, k, v, inputs.first, inputs.past, mask, *inputs.column(), beta, *given
-    rest = (
+    rest = [None if x is None else x.contiguous() for x in given]
+    tensors = q, k, v, inputs.first, inputs.past, mask, *inputs.column(), beta, *rest
+    sizes = (
         *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides),
         *(heads, heads // groups, queries, keys, head_dim, value_dim, inputs.scale, inputs.softcap),
     )
     constants = inputs.constants() | {
-        "SPARED": inputs.spared and inputs.is_bos is not None and kind != tiles.NO_BETA,
+        "SPARED": inputs.spares_bos(kind),
         "BETA": kind,
         "VDIM": padded(value_dim),
     }
     read = [q if x is None else x for x in tensors]
 
     def compiled(size: Blocks) -> dict[str, Any]:
-        sizes = {"ROWS": size.rows, "KEYS": size.keys}
-        return constants | sizes | {"num_warps": size.warps, "num_stages": size.stages}
+        return constants | {"ROWS": size.rows, "KEYS": size.keys} | {"num_warps": size.warps, "num_stages": size.stages}
 
     size = asked or inputs.blocks("query_gradients")
     grid = triton.cdiv(queries, size.rows), batch * heads
-    gradient_kernels.query_gradients_kernel[grid](*read, dq, d_logit, *rest, **compiled(size))
+    gradient_kernels.query_gradients_kernel[grid](*read, dq, d_logit, *sizes, **compiled(size))
     size = asked or inputs.blocks("key_gradients")
     grid = triton.cdiv(keys, size.keys), batch * groups
-    gradient_kernels.key_gradients_kernel[grid](*read, dk, dv, *rest, **compiled(size))
+    gradient_kernels.key_gradients_kernel[grid](*read, dk, dv, *sizes, **compiled(size))
