@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.model import config_record, rope_tables
-from ropemods.model.attention_layers import prepare_sites
+from ropemods.model.anatomy import Anatomy, survey
 from ropemods.mods import Mod, recordable
 
 
@@ -20,16 +19,13 @@ def check_mods(mods: Sequence[Mod]) -> None:
             raise ValueError(reason)
 
 
-def admitted(
-    model: PreTrainedModel, mods: list[Mod], recorded: config_record.Record | None
-) -> list[tuple[str, nn.Module]]:
-    """The attention layers, or the reason why these modifications cannot stand on this model."""
+def admitted(model: PreTrainedModel, mods: list[Mod], recorded: config_record.Record | None) -> Anatomy:
+    """What the model is made of, or the reason why these modifications cannot stand on it."""
     check_mods(mods)
-    reason = rope_tables.lacking(model)
-    if reason is not None:
-        raise ValueError(reason)
-    layers = prepare_sites(model)
-    count = len(layers)
+    if not rope_tables.find(model):
+        raise ValueError(rope_tables.lacking(model))
+    anatomy = survey(model)
+    count = len(anatomy.layers)
     for mod in mods:
         outside = [i for i in mod.layers or () if not -count <= i < count]
         if outside:
@@ -49,7 +45,7 @@ def admitted(
             f"{' and '.join(map(str, edits))} all change the rotary frequencies. They act one after the other where "
             "each takes every layer; with layers= one must stand alone, since the selected layers get one other table"
         )
-    return layers
+    return anatomy
 
 
 def bos_token(model: PreTrainedModel, mods: list[Mod], recorded: config_record.Record | None) -> int | None:

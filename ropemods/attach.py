@@ -36,18 +36,16 @@ from ropemods.model import (
     model_inputs,
     origin,
     partition,
-    rope_tables,
     starting_values,
     unchanged,
     zero_states,
 )
+from ropemods.model.anatomy import Anatomy, anatomy_of
 from ropemods.model.attention_layers import (
     Stages,
-    attention_layers,
     hand_down,
     head_dim_of,
     key_dim_of,
-    prepare_sites,
     site_of,
 )
 from ropemods.model.wrappers import base_model, uncompiled
@@ -145,7 +143,7 @@ def _forget_compiled() -> None:
 def put_on(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.Record | None = None) -> None:
     """Modifications on a model that has its weights, at strength 0, with what they take from the embedding."""
     attach(model, mods, recorded=recorded)
-    finish(model)
+    finish(model, anatomy_of(model))
     dry_run.check_training(model)
     embeds = model.get_input_embeddings()
     # Of the model's own table: an adapter's part is trained, and reloading takes the same from the base alone.
@@ -192,7 +190,8 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
 
     `recorded` is the record that the modifications are from when a checkpoint is read.
     """
-    layers = admission.admitted(model, mods, recorded)
+    anatomy = admission.admitted(model, mods, recorded)
+    layers = anatomy.layers
     adapters.watch_saving()
     bos_token_id = admission.bos_token(model, mods, recorded)
     model.ropemods_attached = Attached(
@@ -206,7 +205,7 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
     )
     attached = model.ropemods_attached
     scored = False
-    for _, layer in layers:
+    for layer in layers:
         stages = _stages(mods, lambda mod, layer=layer: _layer_stage(mod, layer, len(layers)))
         if stages is not None:
             layer.ropemods, scored = _placed(stages, layer, model.dtype), True
@@ -225,15 +224,15 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
         input_embedding.install(model)
     if any(mod.zeroes_states for mod in mods):
         attached.handles += zero_states.install(model)
-    attached.handles += unchanged.watch(model, [layer for _, layer in layers] if scored else [])
+    attached.handles += unchanged.watch(model, layers if scored else ())
     if scored:
-        attached.backend = attention_function.use_interface(model, [layer for _, layer in layers])
+        attached.backend = attention_function.use_interface(model, layers)
     attached.wants_bos, attached.wants_shared = scored and any(mod.needs_bos for mod in mods), shared is not None
     if bos_token_id is not None or shared is not None or scored:
         attached.handles += model_inputs.install(model)
     for mod in (mod for mod in mods if mod.edits_frequencies):
         if mod.for_some_layers:
-            attached.handles += layer_tables.install([layer for _, layer in layers])
+            attached.handles += layer_tables.install(layers)
 
 
 def _stages(mods: list[Mod], stage_of) -> Stages | None:
@@ -269,21 +268,18 @@ def _stages_of(module: nn.Module) -> list[tuple[str, Stage]]:
     return list(stages.stages()) if isinstance(stages, Stages) else []
 
 
-def finish(model: PreTrainedModel) -> None:
+def finish(model: PreTrainedModel, anatomy: Anatomy) -> None:
     """What needs a loaded model: pristine tables, constants no checkpoint holds, how rotary channels are paired."""
     if (stages := input_embedding.stages_of(model.get_input_embeddings())) is not None:
         partition.keep_here(stages)
-    rope_tables.forget(model)
-    found = prepare_sites(model)
-    layers = [layer for _, layer in found]
     for module in model.modules():
         if isinstance(module, Stage):
             module.fill_constants()
-    dry_run.examine(model, found)
+    dry_run.examine(model, anatomy)
     for mod in (mod for mod in model.ropemods_attached.mods if mod.edits_frequencies):
         if mod.for_some_layers:
-            layer_tables.build(model, mod, layers)
-    for table in rope_tables.tables(model):
+            layer_tables.build(model, mod, anatomy)
+    for table in anatomy.tables:
         table.keep()
 
 
@@ -300,24 +296,23 @@ def set_strength(model: nn.Module, strength: float, kind: str | None = None) -> 
 
 def refresh(model: PreTrainedModel) -> None:
     """Make stages, tables and config agree with the strengths in `ropemods_attached`."""
-    attached = model.ropemods_attached
+    attached, anatomy = model.ropemods_attached, anatomy_of(model)
     alpha = attached.strength
     for module in model.modules():  # under PEFT every place has several copies of its stages
         if isinstance(module, Stages):
             for kind, stage in module.stages():
                 stage.set_strength(alpha[kind])
     config_record.show_stock(model, attached.rope_parameters)
-    sites = [site for _, layer in attention_layers(model) if (site := site_of(layer)) is not None]
-    for site in sites:
+    for site in anatomy.sites:
         site.active = any(alpha[kind] > 0 for kind in site.kinds)
-    attached.rows_active = any(site.active for site in sites)
+    attached.rows_active = any(site.active for site in anatomy.sites)
     attached.turns_active = any(mod.needs_layout and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.bos_active = any(mod.needs_bos and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.zeros_active = any(mod.zeroes_states and alpha[mod.kind] > 0 for mod in attached.mods)
     attached.shared_active = any(mod.shared_stage() is not None and alpha[mod.kind] > 0 for mod in attached.mods)
     if any(mod.edits_frequencies and not mod.for_some_layers for mod in attached.mods):
         edits = config_record.edits_of(attached.mods, alpha)
-        for table in rope_tables.tables(model):
+        for table in anatomy.tables:
             table.write(partial(edited, edits=edits) if edits else None)
     for mod in (mod for mod in attached.mods if mod.edits_frequencies and mod.for_some_layers):
         layer_tables.write(model, mod, alpha[mod.kind])
@@ -341,13 +336,13 @@ def _detach(model: PreTrainedModel) -> None:
         for handle in attached.handles:
             handle.remove()
         input_embedding.uninstall(model)
-        for table in rope_tables.tables(model):
+        anatomy = anatomy_of(model)
+        for table in anatomy.tables:
             table.write(None)
             table.release()
-        layers = [layer for _, layer in attention_layers(model)]
-        attention_function.use_stock(layers)
+        attention_function.use_stock(anatomy.layers)
         if getattr(model, "penalized", None) is not None:  # a penalty stays until it is removed itself
-            attention_function.use_interface(model, layers)
+            attention_function.use_interface(model, anatomy.layers)
         config_record.show_own(model)
         config_record.erase(model, attached.rope_parameters)
         origin.mark(model, differs=False)
@@ -363,7 +358,7 @@ def summary(model: nn.Module) -> str:
     inner = base_model(model)
     attached = _attached(inner)
     unchanged.check(inner)
-    count = len(attention_layers(inner))
+    count = len(anatomy_of(inner).layers)
     lines = []
     for mod in attached.mods:
         trainable = sum(
@@ -385,10 +380,9 @@ def summary(model: nn.Module) -> str:
 def _learned(mod: Mod, model: PreTrainedModel, layer_count: int) -> Iterator[str]:
     """What became of the modification's own numbers, a line for each run of layers that say the same."""
     found = []
-    for _, layer in attention_layers(model):
+    for layer, site in zip(anatomy_of(model).layers, anatomy_of(model).sites, strict=True):
         own = [stage for kind, stage in _stages_of(layer) if kind == mod.kind]
-        site = site_of(layer)
-        if own and site is not None and mod.selects(site.layer, layer_count) and (said := own[0].learned()) is not None:
+        if own and mod.selects(site.layer, layer_count) and (said := own[0].learned()) is not None:
             found.append((said, site.layer))
     for said, run in itertools.groupby(found, key=lambda each: each[0]):
         layers = [layer for _, layer in run]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import attach, finish, put_on, refresh
 from ropemods.model import adapters, config_record, folded_embedding, gguf, native_rope, unchanged
+from ropemods.model.anatomy import survey
 from ropemods.model.partition import gathered
 from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods.base import Stage
@@ -97,7 +98,7 @@ def _from_pretrained(
     if given is not None:
         config = config_record.stock_of(given, found, path)
     model, report = _load(path, config, found, hf_kwargs)
-    finish(model)
+    finish(model, survey(model))  # anew, since weights and tables were loaded after the first look
     config_record.check_native(model, found, path)
     model.ropemods_attached.strength.update(found.strength)
     model.ropemods_attached.at_path.update(found.strength)

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import ropemods as rm
 from ropemods.attention.rows import Rows
 from ropemods.model import attention_function, deviations
-from ropemods.model.attention_layers import attention_layers, prepare_sites
+from ropemods.model.anatomy import survey
+from ropemods.model.attention_layers import attention_layers
 from tests import zoo
 
 OPTIONS = {"early": (4, 8), "window": 4, "late": 4}
@@ -77,7 +78,7 @@ def naive_deviations(model: nn.Module, ids: Tensor) -> Tensor:
         far = torch.stack([r[i] for i in late]).mean(0)
         found.append(torch.stack([r[i] - far for i in range(start, stop)], 1))
 
-    prepare_sites(model)
+    survey(model)
     with attention_function.passing(layers), attention_function.asked(model, listen):
         model(input_ids=ids, use_cache=False)
     return torch.stack(found[1:])

@@ -144,7 +144,7 @@ def _tables(
     """Each rotary table of the model: its parameters, and the wavelength of every band before and after the mods."""
     text = config.get_text_config(decoder=True)
     result = []
-    for table in rope_tables.tables(skeleton(config, trust_remote_code=trust_remote_code)):
+    for table in rope_tables.find(skeleton(config, trust_remote_code=trust_remote_code)):
         before_F = table.live().double()
         after_F = before_F
         for mod in (mod for mod in mods if mod.edits_frequencies):

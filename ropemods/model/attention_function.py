@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def backend_of(model: PreTrainedModel) -> str:
     return (model.config._attn_implementation or "eager").removeprefix(PREFIX)
 
 
-def use_interface(model: PreTrainedModel, layers: list[nn.Module]) -> str:
+def use_interface(model: PreTrainedModel, layers: Sequence[nn.Module]) -> str:
     """Send the attention layers through ropemods, on the backend the model has; returns that backend."""
     backend = backend_of(model)
     if backend not in BACKENDS:
@@ -97,7 +97,7 @@ def use_interface(model: PreTrainedModel, layers: list[nn.Module]) -> str:
     return backend
 
 
-def _name(layers: list[nn.Module], backend: str) -> None:
+def _name(layers: Sequence[nn.Module], backend: str) -> None:
     name = PREFIX + backend
     implementation = _Implementation(name) if any(_asks_by_name(type(layer)) for layer in layers) else name
     for config in {id(layer.config): layer.config for layer in layers}.values():
@@ -113,7 +113,7 @@ def _asks_by_name(cls: type[nn.Module]) -> bool:
 
 
 @contextlib.contextmanager
-def passing(layers: list[nn.Module]) -> Iterator[None]:
+def passing(layers: Sequence[nn.Module]) -> Iterator[None]:
     """While open, every attention layer calls ropemods' function, also where nothing acts on its scores."""
     configs = list({id(layer.config): layer.config for layer in layers}.values())
     before = [config._attn_implementation_internal for config in configs]
@@ -148,13 +148,13 @@ def _sites(model: nn.Module) -> list[AttentionSite]:
     return sites
 
 
-def use_stock(layers: list[nn.Module]) -> None:
+def use_stock(layers: Sequence[nn.Module]) -> None:
     """Give the attention layers back to transformers."""
     for config in {id(layer.config): layer.config for layer in layers}.values():
         config._attn_implementation_internal = (config._attn_implementation or "eager").removeprefix(PREFIX)
 
 
-def leave(layers: list[nn.Module]) -> None:
+def leave(layers: Sequence[nn.Module]) -> None:
     """Give the attention layers back to transformers, unless modifications of scores still need them."""
     if not any(site_of(layer) is not None and site_of(layer).kinds for layer in layers):  # type: ignore[union-attr]
         use_stock(layers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.model.bos import Bos
-from ropemods.model.rope_tables import Table, tables_by_layer
+from ropemods.model.rope_tables import Table
 from ropemods.mods.base import Call, Layout, Stage
 
 
@@ -151,20 +151,3 @@ def hand_down(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
     """A forward pre-hook of attention layers."""
     hidden_BTC = args[0] if args else keywords["hidden_states"]
     return args, keywords | {HIDDEN: hidden_BTC}
-
-
-def prepare_sites(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Give every attention layer its site; an error when there is none."""
-    layers = attention_layers(model)
-    if not layers:
-        raise ValueError(
-            f"no attention layer of {type(model).__name__} goes through transformers' attention interface, so there is "
-            "nothing to modify; models with their own attention code are not supported"
-        )
-    tables = tables_by_layer(model, [module for _, module in layers])
-    for (_, module), table in zip(layers, tables, strict=True):
-        if (site := site_of(module)) is None:
-            module.ropemods_site = AttentionSite(int(module.layer_idx), table, heads=heads_of(module))
-        else:
-            site.table = table
-    return layers

@@ -26,8 +26,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ropemods.model import gguf
+from ropemods.model.anatomy import anatomy_of
 from ropemods.model.native_rope import gives, native_parameters, per_table
-from ropemods.model.rope_tables import edits_inside, sentinel, tables, without_sentinel
+from ropemods.model.rope_tables import edits_inside, sentinel, without_sentinel
 from ropemods.mods import Mod, mod_from_json
 from ropemods.mods.base import Edits
 
@@ -257,7 +258,7 @@ def write(
 
 def show_stock(model: PreTrainedModel, stock: dict[str, Any]) -> None:
     """Let rotary modules that read the rope parameters in their forward see the stock ones, not what is to be saved."""
-    for table in tables(model):
+    for table in anatomy_of(model).tables:
         forward = inspect.unwrap(type(table.module).forward)
         if "rope_parameters" in forward.__code__.co_names and not hasattr(table.module, "ropemods_config"):
             table.module.ropemods_config = table.module.config
@@ -267,7 +268,7 @@ def show_stock(model: PreTrainedModel, stock: dict[str, Any]) -> None:
 
 
 def show_own(model: PreTrainedModel) -> None:
-    for table in tables(model):
+    for table in anatomy_of(model).tables:
         if hasattr(table.module, "ropemods_config"):
             table.module.config = table.module.ropemods_config
 

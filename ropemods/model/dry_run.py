@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from ropemods.attention import capabilities, eager, paths
 from ropemods.attention.rows import Rows, shown
 from ropemods.model import attention_function, rope_tables
-from ropemods.model.attention_layers import HIDDEN, Stages, attention_layers
+from ropemods.model.anatomy import Anatomy, anatomy_of
+from ropemods.model.attention_layers import HIDDEN, Stages
 from ropemods.model.model_inputs import BOS, SHARED, carry
 from ropemods.model.partition import gathered_in_turn, home
 from ropemods.model.rope_tables import Table
@@ -50,16 +51,16 @@ class _Reached(Exception):
         self.asked = asked
 
 
-def examine(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
+def examine(model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Refuse what the modifications of this model cannot work on, and find what turns each layer's queries."""
-    modules = [layer for _, layer in layers]
+    modules = list(anatomy.layers)
     attached = model.ropemods_attached
     with quietly(model), in_full_precision(model), gathered_in_turn(model), attention_function.passing(modules):
         seen, made = _run(model, modules)
         if attached.wants_bos or attached.wants_shared:
             lacking = _untold(attached, seen)
             if lacking:
-                attached.handles += carry(model, modules, [table.module for table in rope_tables.tables(model)])
+                attached.handles += carry(model, modules, [table.module for table in anatomy.tables])
                 seen, made = _run(model, modules)
                 lacking = _untold(attached, seen)
             if lacking:
@@ -110,7 +111,7 @@ def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Modu
 
     made = _Made()
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    for module in {id(table.module): table.module for table in rope_tables.tables(model)}.values():
+    for module in {id(table.module): table.module for table in anatomy_of(model).tables}.values():
         handles.append(module.register_forward_hook(made.note, with_kwargs=True))
     before = attached.bos_active, attached.shared_active
     attached.bos_active, attached.shared_active = attached.wants_bos, attached.wants_shared
@@ -252,8 +253,7 @@ def _dropout(module: nn.Module, seen: Seen) -> float:
 
 def check_training(model: PreTrainedModel) -> None:
     """Refuse what the first training step would, such as dropout beside a sink on kernels that cannot have both."""
-    for _, layer in attention_layers(model):
-        site = layer.ropemods_site
+    for site in anatomy_of(model).sites:
         if site.untrainable is not None:
             raise ValueError(f"{' and '.join(site.kinds)}: {site.untrainable}")
 
@@ -294,7 +294,7 @@ def _find_rotation(model: PreTrainedModel, module: nn.Module, seen: Seen, made: 
         return _call_again(module, made.again(seen.args), made.again(seen.kwargs)).query
 
     site.table, site.layout, site.rotated = None, None, False
-    for table in rope_tables.tables(model):
+    for table in anatomy_of(model).tables:
         if _turns(table, queries):
             site.table, site.rotated = table, True
             with _uneven(module, seen.call.query.shape[-1]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.model import rope_tables
+from ropemods.model.anatomy import Anatomy
 from ropemods.model.rope_tables import Table
 from ropemods.mods import Mod
 from ropemods.mods.base import edited
@@ -32,23 +34,22 @@ def tables(model: PreTrainedModel) -> list[Table]:
     return model.ropemods_twins.tables
 
 
-def install(layers: list[nn.Module]) -> list:
+def install(layers: Sequence[nn.Module]) -> list:
     """Hook the selected layers; returns what removes the hooks."""
     return [layer.register_forward_pre_hook(_substitute, with_kwargs=True) for layer in layers]
 
 
-def build(model: PreTrainedModel, mod: Mod, layers: list[nn.Module]) -> None:
+def build(model: PreTrainedModel, mod: Mod, anatomy: Anatomy) -> None:
     """Make the twins from the rotary modules as they are, and show them to the selected layers."""
     twins: dict[int, nn.Module] = {}
     made = []
-    for table in rope_tables.tables(model):
+    for table in anatomy.tables:
         twin = twins.setdefault(id(table.module), copy.deepcopy(table.module))
         made.append(Table(twin, table.prefix, dict(table.pristine), table.own_init, base=table))
     model.ropemods_twins = Twins(made)
     by_prefix = {table.prefix: table for table in made}
-    for layer in layers:
-        site = layer.ropemods_site
-        if mod.selects(site.layer, len(layers)) and site.table is not None:
+    for layer, site in zip(anatomy.layers, anatomy.sites, strict=True):
+        if mod.selects(site.layer, len(anatomy.layers)) and site.table is not None:
             site.table = by_prefix[site.table.prefix]
             layer.ropemods_twins = model.ropemods_twins
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ropemods.attention.rows import shown
 from ropemods.model import bos, cached_bos
-from ropemods.model.attention_layers import entrances
+from ropemods.model.anatomy import anatomy_of
 from ropemods.model.batch_checks import checked
 from ropemods.mods.base import Call
 
@@ -29,7 +29,7 @@ BOS, SHARED = "ropemods_bos", "ropemods_shared"
 def install(model: PreTrainedModel) -> list:
     """Hook the model and the decoder inside it, so that either may be called; returns what removes the hooks."""
     handles = []
-    for entrance in entrances(model):
+    for entrance in anatomy_of(model).entrances:
         parameters = inspect.signature(type(entrance).forward).parameters
         entrance.ropemods_parameters = list(parameters)[1:]
         entrance.ropemods_open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -37,7 +37,7 @@ def install(model: PreTrainedModel) -> list:
         handles.append(entrance.register_forward_hook(_after, with_kwargs=True))
         entrance.ropemods_owner = [model]  # in a list, so that the model does not become its own descendant
     cached_bos.follow_caches()
-    decoder = entrances(model)[-1]
+    decoder = anatomy_of(model).entrances[-1]
     # The decoder knows the positions best; a model around it that hands on what it found need not remember it too.
     model.ropemods_remembers = model is decoder or not decoder.ropemods_open
     decoder.ropemods_remembers = True

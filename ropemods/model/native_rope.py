@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropemods.model.rope_tables import Table, tables
+from ropemods.model.anatomy import anatomy_of
+from ropemods.model.rope_tables import Table
 from ropemods.mods.base import Edits, edited
 
 DROPPED = 1e30
@@ -50,7 +51,7 @@ def expressed(model: PreTrainedModel, edits: Edits, stock: dict[str, Any]) -> di
 
 def _many_of_a_type(model: PreTrainedModel) -> bool:
     """Whether several tables share one entry of the config, and something beside the entry tells them apart."""
-    types = [table.layer_type for table in tables(model)]
+    types = [table.layer_type for table in anatomy_of(model).tables]
     return len(types) > len(set(types))
 
 
@@ -123,7 +124,7 @@ def _wanted(table: Table, edits: Edits) -> dict[str, Tensor]:
 def gives(model: PreTrainedModel, parameters: dict[str, Any], edits: Edits) -> bool:
     """Whether transformers makes exactly the edited tables from these rope parameters."""
     try:
-        each = list(zip(tables(model), parts(model, parameters), strict=True))
+        each = list(zip(anatomy_of(model).tables, parts(model, parameters), strict=True))
         return all(_gives(table, part, _wanted(table, edits)) for table, part in each)
     except (KeyError, TypeError, ValueError):  # they are from a file, and not rope parameters at all
         return False
@@ -168,7 +169,7 @@ def _accepted(config: PreTrainedConfig) -> bool:
 
 def per_table(model: PreTrainedModel, stock: dict[str, Any], change) -> dict[str, Any]:
     """`stock` with its rope parameters changed, table by table where they are kept by layer type."""
-    by_type = {table.layer_type: table for table in tables(model)}
+    by_type = {table.layer_type: table for table in anatomy_of(model).tables}
     if set(by_type) == {None}:
         return change(stock, by_type[None])
     return {
@@ -177,5 +178,5 @@ def per_table(model: PreTrainedModel, stock: dict[str, Any], change) -> dict[str
 
 
 def parts(model: PreTrainedModel, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    types = [table.layer_type for table in tables(model)]
+    types = [table.layer_type for table in anatomy_of(model).tables]
     return [parameters] if types == [None] else [parameters[key] for key in types if key is not None]

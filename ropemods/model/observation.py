@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.model import attention_function, short_pass, unchanged
-from ropemods.model.attention_layers import AttentionSite, attention_layers, prepare_sites, site_of
+from ropemods.model.anatomy import anatomy_of
+from ropemods.model.attention_layers import AttentionSite
 from ropemods.model.rope_tables import Table
 from ropemods.model.wrappers import base_model
 from ropemods.mods.base import Layout
@@ -49,12 +50,11 @@ def observing(model: nn.Module) -> Iterator[Observation]:
     if modified:
         unchanged.check(inner)
     known = {id(module): set(vars(module)) for module in inner.modules()}
-    layers = attention_layers(inner) if modified else prepare_sites(inner)
-    configs = {id(layer.config): layer.config for _, layer in layers}.values()
+    anatomy = anatomy_of(inner)
+    configs = {id(layer.config): layer.config for layer in anatomy.layers}.values()
     before = [config._attn_implementation_internal for config in configs]
     try:
-        sites = [site for _, layer in layers if (site := site_of(layer)) is not None]
-        asked = (layers[0][1].config._attn_implementation or "eager").removeprefix(attention_function.PREFIX)
+        sites, asked = anatomy.sites, attention_function.backend_of(inner)
         backend, notes = asked, []
         if asked not in attention_function.BACKENDS:
             backend = "sdpa" if inner._supports_sdpa else "eager"
@@ -66,8 +66,7 @@ def observing(model: nn.Module) -> Iterator[Observation]:
             config._attn_implementation_internal = attention_function.PREFIX + backend
         with short_pass.quietly(inner):
             layout = sites[0].layout or short_pass.layout(inner)
-            names = tuple(name for name, _ in layers)
-            yield Observation(inner, tuple(sites), names, backend, layout, tuple(notes))
+            yield Observation(inner, tuple(sites), anatomy.names, backend, layout, tuple(notes))
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -153,20 +153,15 @@ ROPE_INIT_FUNCTIONS[SENTINEL] = _refuse
 ROPE_INIT_FUNCTIONS[DYNAMIC] = _dynamic
 
 
-def tables(model: PreTrainedModel) -> list[Table]:
-    """Every frequency table of the model, with its pristine buffers. The same objects on every call."""
-    known = getattr(model, "ropemods_tables", None)
-    if known is not None:
-        return known
+def find(model: PreTrainedModel) -> list[Table]:
+    """Every frequency table of the model, with its buffers as they are."""
     text = model.config.get_text_config(decoder=True)
     # Of the text part's kind: some models keep one module a base, each with a config of its own.
-    found = [
+    return [
         Table(module, prefix, _pristine(module, prefix), _own_init(module))
         for module, prefix in _rotary_buffers(model)
         if type(getattr(module, "config", None)) is type(text)
     ]
-    model.ropemods_tables = found
-    return found
 
 
 def _rotary_buffers(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
@@ -185,10 +180,8 @@ def _own_init(module: Any) -> Callable | None:
     return module.rope_init_fn if code is not None and "rope_init_fn" in code.co_names else None
 
 
-def lacking(model: PreTrainedModel) -> str | None:
-    """Why there is no frequency table to modify; None where there is one."""
-    if tables(model):
-        return None
+def lacking(model: PreTrainedModel) -> str:
+    """Why there is no frequency table to modify, of a model in which none was found."""
     name, others = type(model).__name__, {type(module.config).__name__ for module, _ in _rotary_buffers(model)}
     if others:
         return (
@@ -200,12 +193,6 @@ def lacking(model: PreTrainedModel) -> str | None:
         f"{name} has no rotary frequency table (a …RotaryEmbedding module with inv_freq): it has no RoPE, or computes "
         "it by code of its own, so there is nothing to modify, and a checkpoint could not be told from a stock one"
     )
-
-
-def forget(model: PreTrainedModel) -> None:
-    """Take the tables anew from the model as it is; for models whose weights were loaded after they were found."""
-    if hasattr(model, "ropemods_tables"):
-        del model.ropemods_tables
 
 
 def _pristine(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -224,9 +211,9 @@ def _pristine(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {name: getattr(module, name).detach().clone() for name in names}
 
 
-def tables_by_layer(model: PreTrainedModel, layers: list[nn.Module]) -> list[Table | None]:
+def by_layer(tables: Sequence[Table], layers: Sequence[nn.Module]) -> list[Table | None]:
     """The table each attention layer is rotated by; None for a layer without one."""
-    by_prefix = {table.prefix: table for table in tables(model)}
+    by_prefix = {table.prefix: table for table in tables}
     if not by_prefix:
         return [None] * len(layers)
     if set(by_prefix) == {""}:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ropemods.attention import autocast
 from ropemods.attention.rows import Rows
 from ropemods.model import attention_function, rope_tables
-from ropemods.model.attention_layers import AttentionSite, attention_layers, site_of
+from ropemods.model.anatomy import anatomy_of
+from ropemods.model.attention_layers import AttentionSite
 from ropemods.model.partition import gathered, home
 from ropemods.mods.base import Call, Layout
 
@@ -46,9 +47,9 @@ def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
 
 def layout(model: PreTrainedModel) -> Layout | None:
     """How the model pairs the channels it rotates; None if in no known way. See `rotary.find_layout`."""
-    name, first = attention_layers(model)[0]
-    site = site_of(first)
-    if site is None or site.table is None:
+    anatomy = anatomy_of(model)
+    name, site = anatomy.names[0], anatomy.sites[0]
+    if site.table is None:
         return None
     vocabulary = model.get_input_embeddings().weight.shape[0]
     attached = getattr(model, "ropemods_attached", None)

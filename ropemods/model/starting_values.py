@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ropemods.attention.rows import Rows
 from ropemods.model import attention_function
-from ropemods.model.attention_layers import AttentionSite, Stages, attention_layers
+from ropemods.model.anatomy import anatomy_of
+from ropemods.model.attention_layers import AttentionSite, Stages
 from ropemods.model.partition import home
 from ropemods.model.short_pass import in_full_precision, quietly
 from ropemods.mods import Mod
@@ -94,7 +95,7 @@ def read_bos(model: PreTrainedModel) -> None:
 
 
 def _show(model: PreTrainedModel, ids_BT: Tensor, to: Callable[[Stage, Rows, Call], None]) -> None:
-    layers = {layer.ropemods_site.layer: layer for _, layer in attention_layers(model)}
+    layers = {layer.ropemods_site.layer: layer for layer in anatomy_of(model).layers}
 
     def show(site: AttentionSite, rows: Rows, call: Call, _: Tensor | None) -> None:
         stages = getattr(layers[site.layer], "ropemods", None)

@@ -8,19 +8,21 @@ the model, and what it reads becomes a guard of the compiled graph, so it is ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.model import attention_function, input_embedding
-from ropemods.model.attention_layers import entrances
+from ropemods.model.anatomy import anatomy_of
 
 
-def watch(model: PreTrainedModel, layers: list[nn.Module]) -> list:
+def watch(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list:
     """Ask from now on, about `layers` that must call ropemods' attention; returns what ends it."""
     model.ropemods_configs = list({id(layer.config): layer.config for layer in layers}.values())
-    for entrance in entrances(model):
+    for entrance in anatomy_of(model).entrances:
         entrance.ropemods_watched = [model]
-    return [entrance.register_forward_pre_hook(_before) for entrance in entrances(model)]
+    return [entrance.register_forward_pre_hook(_before) for entrance in anatomy_of(model).entrances]
 
 
 def _before(entrance: nn.Module, args: tuple) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ropemods.model.anatomy import anatomy_of
 from ropemods.model.observation import Observation
 from ropemods.model.partition import gathered
-from ropemods.model.rope_tables import tables
 from ropemods.model.wrappers import base_model
 
 
@@ -127,20 +127,20 @@ def without_window(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 def scaled_rope(model: PreTrainedModel) -> bool:
     """Whether any of the model's rotary tables is other than the plain θ ladder."""
-    return any(table.rope_type != "default" for table in tables(model))
+    return any(table.rope_type != "default" for table in anatomy_of(model).tables)
 
 
 @contextlib.contextmanager
 def without_rope_scaling(model: PreTrainedModel) -> Iterator[None]:
     """Every rotary table is the plain ladder θ^(−k/F), unscaled, at any length."""
     saved: list[Callable[[], None]] = []
-    if any(table.own_init is not None for table in tables(model)):
+    if any(table.own_init is not None for table in anatomy_of(model).tables):
         raise ValueError(
             f"{type(model).__name__} reads its rope scaling from the config in each pass, so a twin without it cannot "
             "be made in place; leave the intervention 'rope_scaling' out"
         )
     try:
-        for table in tables(model):
+        for table in anatomy_of(model).tables:
             module: Any = table.module
             parameters = module.config.rope_parameters
             parameters = parameters if table.layer_type is None else parameters[table.layer_type]

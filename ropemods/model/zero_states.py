@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.model.attention_layers import attention_layers
+from ropemods.model.anatomy import anatomy_of
 from ropemods.mods.replaced_bos import without_gradient
 
 
@@ -41,7 +41,7 @@ def _cut(layer: nn.Module, args: tuple, output: Any) -> Any:
 def _stacked(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of every module list that holds attention, those without attention too."""
     stacks: dict[int, nn.ModuleList] = {}
-    for name, _ in attention_layers(model):
+    for name in anatomy_of(model).names:
         parts = name.split(".")
         for end in range(len(parts), 0, -1):
             module = model.get_submodule(".".join(parts[:end]))

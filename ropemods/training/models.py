@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import ropemods
 from ropemods.attach import attach
-from ropemods.model import adapters, gguf, rope_tables
+from ropemods.model import adapters, gguf
+from ropemods.model.anatomy import anatomy_of
 from ropemods.training.recipe import Recipe
 
 
@@ -91,7 +92,7 @@ def check_mods(recipe: Recipe, config: PreTrainedConfig) -> None:
         model = AutoModelForCausalLM.from_config(config)
     attach(model, list(recipe.mods))
     for mod in (mod for mod in recipe.mods if mod.edits_frequencies):
-        for table in rope_tables.tables(model):
+        for table in anatomy_of(model).tables:
             mod.frequencies(torch.ones(table.live().shape[-1]), 1.0)
 
 
