@@ -94,9 +94,6 @@ class Limit:
     """Names out of ASKED. One alone is refused by itself."""
     because: str
 
-    def holds(self, path: str, rows: Rows, device: str) -> bool:
-        return path in self.paths and all(ASKED[name].there(rows, device) for name in self.together)
-
 
 STOCK, FUSED, FLEX = ("flash", "triton-rows"), ("triton",), ("flex",)
 _NO_LSE = "no kernel is known that returns a log-sum-exp there"
@@ -134,12 +131,14 @@ LIMITS = (
     Limit(FLEX, ("offset bias", "column"), "which takes factors by offset alone"),
 )
 """The first that holds is the reason that is given."""
+OF_PATH = {path: [(frozenset(each.together), each) for each in LIMITS if path in each.paths] for path in PATHS}
 
 
 def limit(path: str, rows: Rows, device: str) -> Limit | None:
     """What of a call a path cannot take; None when it takes the call."""
-    for each in LIMITS:
-        if each.holds(path, rows, device):
+    asked = {name for name, each in ASKED.items() if each.there(rows, device)}
+    for names, each in OF_PATH[path]:
+        if names <= asked:
             return each
     return None
 

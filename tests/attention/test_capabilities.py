@@ -88,7 +88,7 @@ def test_a_limit_is_what_it_says_and_nothing_less(limit) -> None:
         assert all(capabilities.limit(other, rows, "cpu") is None for other in proposed - {path})
         for left_out in limit.together:
             rest = tuple(name for name in limit.together if name != left_out)
-            assert not limit.holds(path, asking(*rest), device_of(rest, elsewhere))
+            assert capabilities.limit(path, asking(*rest), device_of(rest, elsewhere)) is not limit
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "eager"])
