@@ -209,6 +209,15 @@ class Mod:
         except (TypeError, ValueError):
             return ()
 
+    @classmethod
+    def timed(cls) -> dict[str, tuple[Mod, ...]]:
+        """Settings that `ropemods bench` times, by the name they go under there; the first that is worth trying, or the
+        defaults. It leaves out what does not act on an attention call."""
+        try:
+            return {cls.kind.replace("_", " ").replace("bos", "BOS"): cls.worth_trying()[:1] or (cls(),)}
+        except (TypeError, ValueError):
+            return {}
+
     @property
     def needs_layout(self) -> bool:
         """Whether the stage rotates queries itself and so must know how the model pairs channels."""
