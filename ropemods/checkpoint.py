@@ -229,8 +229,17 @@ def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[s
     return AutoModelForCausalLM.from_pretrained(path, **hf_kwargs)
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], *, gguf: str | os.PathLike[str] | None = None) -> None:
-    """Write a stock checkpoint that any engine runs as this model, or say which modification stands in the way.
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    rope: Literal["native", "longrope"] = "native",
+    gguf: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a stock checkpoint of this model, or say which modification stands in the way.
+
+    Changed frequencies are written in transformers' own words for them where it has some, and otherwise, or with
+    `rope="longrope"`, as a list of factors, which more engines read.
 
     With `gguf`, a GGUF file of the model before it was modified or tuned, `path` is a GGUF file for llama.cpp instead,
     with that one's metadata, tokenizer and types.
@@ -244,6 +253,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, gguf: str | os.Pat
     unchanged.check(inner)
     if any(parameter.is_meta for parameter in inner.parameters()):
         raise ValueError("parts of this model are offloaded; load it whole (without device_map) to export it")
+    if gguf is not None and rope != "native":
+        raise ValueError(f"rope={rope!r} is how a checkpoint says it, and a GGUF has a way of its own; leave one out")
     active = [mod for mod in attached.mods if attached.strength[mod.kind] > 0]
     target = "a stock checkpoint" if gguf is None else "a GGUF"
     for mod in active:
@@ -256,8 +267,11 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, gguf: str | os.Pat
     text.rope_parameters = stock_rope = copy.deepcopy(attached.rope_parameters)
     factors = None
     if edits := config_record.edits_of(active, attached.strength):
-        say: Any = native_rope.expressed if gguf is None else gguf_export.frequency_factors
-        expressed = say(inner, edits, stock_rope)
+        expressed: Any
+        if gguf is None:
+            expressed = native_rope.expressed(inner, edits, stock_rope, spelled_out=rope == "longrope")
+        else:
+            expressed = gguf_export.frequency_factors(inner, edits, stock_rope)
         if isinstance(expressed, str):
             names = " and ".join(str(mod) for mod, _ in edits)
             raise ValueError(f"{names} cannot be written into {target}: {expressed}")

@@ -209,6 +209,7 @@ def test_the_command_writes_the_file_whole_or_not_at_all(tmp_path: Path, monkeyp
     rm.apply(zoo.build(), rm.TruncatedRoPE(0.5)).save_pretrained("out")
     base_of(zoo.build(), tmp_path)
     assert "is what is read; write to another file" in refused("export out base.gguf --gguf base.gguf", capsys)
+    assert "leave one out" in refused("export out new.gguf --gguf base.gguf --rope longrope", capsys)
     run("export out written/out.gguf --gguf base.gguf")
     assert "with the tokenizer of base.gguf" in capsys.readouterr().out
     assert "rope_freqs.weight" in tensors(Path("written/out.gguf"))

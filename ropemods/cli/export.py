@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ropemods.cli.command import Command
@@ -24,6 +25,9 @@ class Options:
         "write a GGUF like this one of the model before it was tuned: its metadata, tokenizer, types",
         metavar="BASE.gguf",
         unset="a stock checkpoint",
+    )
+    rope: Literal["native", "longrope"] = option(
+        "native", "how changed frequencies are written: longrope is a list of factors, which more engines read"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "dtype to load and save in")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
@@ -49,13 +53,13 @@ def run(options: Options) -> None:
 
     if options.gguf is not None:
         with new_file(options.output, like=options.gguf, overwrite=options.overwrite) as file:
-            ropemods.export(model(), file, gguf=options.gguf)
+            ropemods.export(model(), file, rope=options.rope, gguf=options.gguf)
         print(f"wrote {options.output}: a GGUF for llama.cpp, with the tokenizer of {options.gguf}")
         return
     with new_folder(options.output, source=options.path, overwrite=options.overwrite) as folder:
         whole = model()
         check_room(folder, options.output, whole)
-        ropemods.export(whole, folder)
+        ropemods.export(whole, folder, rope=options.rope)
         tokenizers = (tokenizer_of(name, trust_remote_code=options.trust_remote_code) for name in beside)
         tokenizer = next((found for found in tokenizers if found is not None), None)
         if tokenizer is not None:
@@ -63,6 +67,11 @@ def run(options: Options) -> None:
     print(f"wrote {options.output}: a stock checkpoint{', with its tokenizer' if tokenizer else ''}. It loads with\n")
     print("    from transformers import AutoModelForCausalLM")
     print(f'    model = AutoModelForCausalLM.from_pretrained("{options.output}")')
+    if '"proportional"' in Path(options.output, "config.json").read_text(encoding="utf-8"):
+        print(
+            "\nnote: its rope type is 'proportional'. SGLang 0.5.23 does not read how many frequencies that keeps, and "
+            "turns\nall of them without a word; write it for SGLang with --rope longrope"
+        )
 
 
 COMMAND = Command(

@@ -28,13 +28,15 @@ def native_parameters(model: PreTrainedModel, edits: Edits, stock: dict[str, Any
     return proposals if all(parts(model, proposals)) else None
 
 
-def expressed(model: PreTrainedModel, edits: Edits, stock: dict[str, Any]) -> dict[str, Any] | str:
+def expressed(
+    model: PreTrainedModel, edits: Edits, stock: dict[str, Any], spelled_out: bool = False
+) -> dict[str, Any] | str:
     """Stock rope parameters for the edited frequencies, or why there are none.
 
-    Where no type has a word for them, longrope's factors per band can spell out any fixed table: factor_k is the stock
-    frequency over the wanted one.
+    Where no type has a word for them, or they are to be `spelled_out`, longrope's factors per band can say any fixed
+    table: factor_k is the stock frequency over the wanted one.
     """
-    native = native_parameters(model, edits, stock)
+    native = None if spelled_out else native_parameters(model, edits, stock)
     if native is not None:
         return native
     if _many_of_a_type(model):
