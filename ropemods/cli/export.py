@@ -69,9 +69,9 @@ def run(options: Options) -> None:
     print(f'    model = AutoModelForCausalLM.from_pretrained("{options.output}")')
     if '"proportional"' in Path(options.output, "config.json").read_text(encoding="utf-8"):
         print(
-            "\nnote: its rope type is 'proportional'. SGLang 0.5.23 does not read how many frequencies that keeps, and "
-            "turns\nall of them without a word; write it for SGLang with --rope longrope"
+            "\nnote: its rope type is 'proportional'. SGLang 0.5.23 turns every frequency of it, and vLLM 0.33.0 leaves"
         )
+        print("out a linear factor, both without a word; --rope longrope writes what both read")
 
 
 COMMAND = Command(

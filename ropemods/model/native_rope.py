@@ -62,13 +62,16 @@ def _spelled_out(model: PreTrainedModel, part: dict[str, Any], table: Table, edi
     count = len(wanted["inv_freq"])
     base = part["rope_theta"]
     power = base ** (torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / (2 * count))
+    scaling = float(getattr(table.module, f"{table.prefix}attention_scaling"))
     proposal = {
         "rope_type": "longrope",
         "rope_theta": base,
-        "attention_factor": float(getattr(table.module, f"{table.prefix}attention_scaling")),
+        "attention_factor": scaling,
         "original_max_position_embeddings": config.max_position_embeddings,
         "factor": 1.0,
     }
+    if scaling != 1:  # the names under which vLLM and SGLang look for it
+        proposal |= {"short_mscale": scaling, "long_mscale": scaling}
     if "partial_rotary_factor" in part:
         proposal["partial_rotary_factor"] = part["partial_rotary_factor"]
     for key, name in (("short_factor", "inv_freq"), ("long_factor", "long_inv_freq")):
