@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import attach, finish, put_on, refresh
-from ropemods.model import adapters, config_record, folded_embedding, gguf, native_rope, unchanged
+from ropemods.model import adapters, config_record, folded_embedding, gguf, gguf_export, native_rope, unchanged
 from ropemods.model.anatomy import survey
 from ropemods.model.partition import gathered
 from ropemods.model.wrappers import base_model, uncompiled
@@ -230,8 +230,21 @@ def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[s
     return AutoModelForCausalLM.from_pretrained(path, **hf_kwargs)
 
 
-def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a stock checkpoint that any engine runs as this model, or say which modification stands in the way."""
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    rope: Literal["native", "longrope"] = "native",
+    gguf: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a stock checkpoint of this model, or say which modification stands in the way.
+
+    Changed frequencies are written in transformers' own words for them where it has some, and otherwise, or with
+    `rope="longrope"`, as a list of factors, which more engines read.
+
+    With `gguf`, a GGUF file of the model before it was modified or tuned, `path` is a GGUF file for llama.cpp instead,
+    with that one's metadata, tokenizer and types.
+    """
     if uncompiled(model) is not base_model(model):
         raise ValueError("this is a PEFT model; merge the adapter first: model = model.merge_and_unload()")
     inner = base_model(model)
@@ -241,25 +254,39 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     unchanged.check(inner)
     if any(parameter.is_meta for parameter in inner.parameters()):
         raise ValueError("parts of this model are offloaded; load it whole (without device_map) to export it")
+    if gguf is not None and rope != "native":
+        raise ValueError(f"rope={rope!r} is how a checkpoint says it, and a GGUF has a way of its own; leave one out")
     active = [mod for mod in attached.mods if attached.strength[mod.kind] > 0]
+    target = "a stock checkpoint" if gguf is None else "a GGUF"
     for mod in active:
         reason = mod.export_obstacle()
         if reason is not None:
-            raise ValueError(f"{mod} cannot be written into a stock checkpoint: {reason}")
+            raise ValueError(f"{mod} cannot be written into {target}: {reason}")
     config = copy.deepcopy(inner.config)
     del config.ropemods
     text = config.get_text_config(decoder=True)
-    text.rope_parameters = copy.deepcopy(attached.rope_parameters)
+    text.rope_parameters = stock_rope = copy.deepcopy(attached.rope_parameters)
+    factors = None
     if edits := config_record.edits_of(active, attached.strength):
-        expressed = native_rope.expressed(inner, edits, attached.rope_parameters)
+        expressed: Any
+        if gguf is None:
+            expressed = native_rope.expressed(inner, edits, stock_rope, spelled_out=rope == "longrope")
+        else:
+            expressed = gguf_export.frequency_factors(inner, edits, stock_rope)
         if isinstance(expressed, str):
             names = " and ".join(str(mod) for mod, _ in edits)
-            raise ValueError(f"{names} cannot be written into a stock checkpoint: {expressed}")
-        text.rope_parameters = expressed
+            raise ValueError(f"{names} cannot be written into {target}: {expressed}")
+        if gguf is None:
+            text.rope_parameters = expressed
+        else:
+            factors = expressed
     with gathered(inner):
         state = {k: v for k, v in inner.state_dict().items() if ".ropemods." not in f".{k}"}
         config = folded_embedding.fold_embedding(inner, state, config)
-        _write(inner, config, state, Path(path))
+        if gguf is None:
+            _write(inner, config, state, Path(path))
+        else:
+            gguf_export.write(Path(path), Path(gguf), state, config, factors)
 
 
 def _write(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor], path: Path) -> None:
