@@ -146,8 +146,8 @@ _IS_LIGHT: Final = ':is([data-jp-theme-light="true"], .vscode-light, [data-theme
 def _within(rules: str) -> str:
     """The rules for what stands in an element of class `ropemods`, and for nothing else.
 
-    The class is written three times so that a notebook's own rules for tables and text weigh less. There is no `&`, since
-    in an SVG file a style sheet is XML.
+    The class is written three times so that a notebook's own rules for tables and text weigh less. No `&`: in an SVG
+    file a style sheet is XML.
     """
     own = ".ropemods.ropemods.ropemods"
     dark = f"{{ color-scheme: dark;{DARK} .line.depth {{ stroke: var(--on-dark); }} }}"
