@@ -358,7 +358,7 @@ class Summary(str):
     """The text of `summary`, which a notebook shows in its lines."""
 
     def _repr_html_(self) -> str:
-        return f'<pre style="white-space: pre-wrap">{html.escape(self)}</pre>'
+        return f'<pre style="font-family: monospace; white-space: pre-wrap">{html.escape(self)}</pre>'
 
 
 def summary(model: nn.Module) -> Summary:

@@ -81,7 +81,7 @@ def test_what_a_result_shows_stays_within_itself(result: InNotebook) -> None:
 def test_every_figure_stands_alone(result: InNotebook, tmp_path: Path) -> None:
     for name, figure in result.figures.items():
         saved = figure.save(tmp_path / "figure.svg").read_text(encoding="utf-8")
-        assert saved == f"{figure._repr_svg_()}\n"
+        assert saved == f"{figure._repr_svg_()}\n" == f"{figure._repr_html_()}\n"
         root = ET.fromstring(saved.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
         assert_stays_within(root)
         assert root.get("aria-label") == name and saved.startswith('<svg xmlns="http://www.w3.org/2000/svg"')

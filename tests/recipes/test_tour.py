@@ -48,7 +48,7 @@ def test_the_notebook_runs_and_shows_what_it_tells_of(tmp_path: Path, monkeypatc
         assert 'class="ropemods"' in shown(cell)["text/html"], cell
         assert "application/vnd.jupyter.widget-view+json" in shown(cell), f"{cell} has a bar, drawn by the notebook"
     for cell in ("heads", "by_query"):
-        assert shown(cell)["image/svg+xml"].startswith("<svg"), cell
+        assert shown(cell)["image/svg+xml"].startswith("<svg") and "<svg" in shown(cell)["text/html"], cell
     for cell in ("worst", "changes"):
         assert "dataframe" in shown(cell)["text/html"], cell
     assert "strength 0 " in shown("applied")["text/html"] and "strength 1 " in shown("modified")["text/html"]

@@ -34,6 +34,10 @@ class Figure:
     def _repr_svg_(self) -> str:
         return self.svg
 
+    def _repr_html_(self) -> str:
+        # Notebooks show an SVG as an image, which knows neither their theme nor how wide they are; this they prefer.
+        return self.svg
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as an SVG file: no network, no libraries, light and dark."""
         return write_text(path, f"{self.svg}\n")

@@ -163,5 +163,5 @@ FIGURE: Final = _within("max-width: 100%; height: auto; .title { font-size: 12.5
 PART: Final = _within(
     "background: var(--paper); color: var(--ink); padding: 0.6rem 0.9rem 0.9rem; border: 1px solid var(--rule);"
     'font: 14px/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif;'
-    "tr { background: none; } table { margin: 0; border: none; }" + PAGE
+    "tr { background: none; } table { margin: 0; border: none; }" + PAGE + ".lead { font-size: 1.05em; }"
 )
