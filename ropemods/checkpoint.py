@@ -201,7 +201,7 @@ def _adapter(
     base = base or adapter_config.base_model_name_or_path
     if base is None:
         raise ValueError(f"{path} does not name its base model; pass base_model_name_or_path=")
-    model = _base(base, gguf_file, hf_kwargs)
+    model = _base(base, adapters.base_class(adapter_config), gguf_file, hf_kwargs)
     wanted = config_record.parse(described, path)
     attached = getattr(model, "ropemods_attached", None)
     if attached is None:
@@ -217,18 +217,19 @@ def _adapter(
     _filled(wrapped, wanted.version)
     for _, stage in _stages(wrapped):
         stage.keep_as_of(config_record.VERSION)
+    adapters.start_as(wrapped, "default")
     model.ropemods_attached.strength.update(wanted.strength)
     refresh(model)
     return wrapped
 
 
-def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+def _base(path: str | os.PathLike[str], cls: Any, gguf_file: str | None, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     if gguf_file is not None:
         return gguf.load(path, gguf_file, _hub(hf_kwargs), **_beyond_hub(hf_kwargs))
     _, found = config_record.load_config(path, **_hub(hf_kwargs))
     if found is not None:
         return from_pretrained(path, **hf_kwargs)  # type: ignore[return-value]
-    return AutoModelForCausalLM.from_pretrained(path, **hf_kwargs)
+    return cls.from_pretrained(path, **hf_kwargs)
 
 
 def export(

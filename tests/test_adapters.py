@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import ropemods as rm
 from tests import zoo
@@ -36,26 +36,86 @@ def test_an_adapter_of_transformers_own_is_saved_with_the_record(base, tmp_path)
     model.save_pretrained(tmp_path / "adapter")
     close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wanted, 1e-6)
     for stock in (AutoModelForCausalLM.from_pretrained, lambda p: PeftModel.from_pretrained(zoo.build(), p)):
-        with pytest.raises((KeyError, ValueError), match="ROPEMODS"):
+        with pytest.raises(
+            ValueError, match=r"was trained with LearnedSink\(\) at strength 1.*ropemods.from_pretrained"
+        ):
             stock(tmp_path / "adapter")
 
 
-def test_an_adapter_of_transformers_own_without_the_parameters_is_not_saved(base, tmp_path) -> None:
+def native(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
+    model.add_adapter(config)
+    return model
+
+
+def second(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    wrapped = get_peft_model(model, lora(), "first")
+    wrapped.add_adapter("default", config)
+    wrapped.set_adapter("default")
+    return wrapped
+
+
+@pytest.mark.parametrize("made", [get_peft_model, native, second], ids=lambda made: made.__name__)
+def test_an_adapter_that_was_not_told_of_the_parameters_keeps_them_and_says_so(made, base, tmp_path) -> None:
+    ids = zoo.tokens()
+    with pytest.warns(UserWarning, match="'ropemods' was added to modules_to_save of the adapter 'default'"):
+        model = made(loaded(base, rm.LearnedSink(), calibration=ids), lora(keep=False))
+    trained = [part for name, part in model.named_parameters() if "ropemods.modules_to_save.default" in name]
+    assert trained and all(part.requires_grad for part in trained)
+    with torch.no_grad():
+        for part in trained:
+            part.add_(1.0)
+    wanted = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wanted, 1e-6)
+
+
+def test_an_adapter_that_cannot_keep_the_parameters_is_refused_when_it_is_made(base) -> None:
     model = loaded(base, rm.LearnedSink(init=0.3))
-    model.add_adapter(lora(keep=False))
+    with pytest.raises(ValueError, match="a TrainableTokensConfig has no modules_to_save"):
+        get_peft_model(model, TrainableTokensConfig(token_indices=[5]))
+
+
+def test_an_adapter_of_the_unmodified_base_is_not_saved_as_one_of_the_modified(base, tmp_path) -> None:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(keep=False)).save_pretrained(tmp_path / "stock")
+    model = PeftModel.from_pretrained(loaded(base, rm.LearnedSink(init=0.3)), tmp_path / "stock")
     with pytest.raises(ValueError, match=r"'default' neither trained nor saves.*modules_to_save=\['ropemods'\]"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_second_adapter_without_the_parameters_is_not_saved(base, tmp_path) -> None:
-    model, ids = loaded(base, rm.LearnedSink(), calibration=zoo.tokens()), zoo.tokens()
-    wrapped = get_peft_model(model, lora(), "first")
-    wrapped.add_adapter("second", lora(keep=False))
-    with pytest.raises(ValueError, match="the adapter 'second' neither trained nor saves"):
-        wrapped.save_pretrained(tmp_path)
-    wrapped.save_pretrained(tmp_path, selected_adapters=["first"])
-    close(rm.from_pretrained(tmp_path / "first").eval()(ids).logits, wrapped.eval()(ids).logits, 1e-6)
+def test_a_reloaded_model_without_its_adapter_is_the_modified_start(base, tmp_path) -> None:
+    """Which is what trainers take for their reference, and what a new adapter begins with."""
+    ids = zoo.tokens()
+    model = loaded(base, rm.LearnedSink(), calibration=ids)
+    start = model(ids).logits
+    wrapped = get_peft_model(model, lora())
+    with torch.no_grad():
+        for name, part in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                part.add_(1.0)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = rm.from_pretrained(tmp_path / "adapter").eval()
+    with again.disable_adapter():
+        close(again(ids).logits, start, 1e-6)
+    again.add_adapter("new", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["ropemods"]))
+    again.set_adapter("new")
+    close(again.eval()(ids).logits, start, 1e-6)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_an_adapter_of_a_classifier_is_loaded_on_a_classifier(task, base, tmp_path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score", "ropemods"], task_type=task)
+    wrapped, ids = get_peft_model(rm.apply(model, rm.LearnedSink(init=0.3)), config).eval(), zoo.tokens()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    close(rm.from_pretrained(tmp_path / "adapter", num_labels=1).eval()(ids).logits, wrapped(ids).logits, 1e-6)
+
+
+def test_adapters_of_other_modules_are_made_and_saved_as_ever(tmp_path) -> None:
+    rm.apply(zoo.build(), rm.TruncatedRoPE(0.5))
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    get_peft_model(plain, LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
 
 
 def test_a_second_modified_adapter_is_loaded_beside_the_first(base, tmp_path) -> None:
@@ -144,8 +204,8 @@ def test_a_random_token_is_drawn_as_the_adapter_embeds_it() -> None:
 def test_what_was_copied_or_calibrated_is_saved_though_nothing_of_it_trains(mod: rm.Mod, base, tmp_path) -> None:
     """Put on the base again it would have an offset that nobody chose, and say nothing."""
     model, ids = loaded(base, mod, calibration=zoo.tokens()), zoo.tokens()
-    with pytest.raises(ValueError, match=r"modules_to_save=\['ropemods'\]"):
-        get_peft_model(model, lora(keep=False)).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="'ropemods' was added"):
+        get_peft_model(model, lora(keep=False))
     with pytest.raises(ValueError, match="values of their own"):
         rm.apply(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(keep=False)), mod)
     wrapped = get_peft_model(loaded(base, mod, calibration=zoo.tokens()), lora()).eval()

@@ -1,9 +1,10 @@
 """PEFT adapters: an adapter directory holds no base config, so the description of the modifications is put beside it.
 
-Neither PEFT nor transformers (`model.add_adapter`) offers an extension point where it writes or reads an adapter, so
-their `save_pretrained` and PEFT's `load_adapter` are wrapped; for models without modifications the wrappers do nothing.
-Beside `adapter_config.json` goes `ropemods.json`, and the adapter's `peft_type` is renamed, so that PEFT on its own
-refuses the adapter instead of running it on the unmodified base.
+Neither PEFT nor transformers (`model.add_adapter`) offers an extension point where it makes, writes or reads one, so
+what does that is wrapped; for models without modifications the wrappers do nothing. A new adapter keeps what the
+modifications have of their own, whether its config names that or not. Beside `adapter_config.json` goes
+`ropemods.json`, and the adapter's `peft_type` is renamed, so that PEFT on its own refuses the adapter instead of
+running it on the unmodified base.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.util
+import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from ropemods.model.attention_layers import Stages
 from ropemods.model.config_record import parse
-from ropemods.model.wrappers import base_model
+from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods import Mod
 from ropemods.settings.extras import need
 from ropemods.settings.files import write_text
@@ -59,6 +64,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 def watch_saving() -> None:
     """See to it that what saves and loads adapters is wrapped, PEFT's own now or when PEFT is imported; once."""
     _wrap(PreTrainedModel, "save_pretrained", _saving_native)
+    _wrap(PreTrainedModel, "add_adapter", _adding_native)
     if sys.modules.get("peft") is not None:
         _wrap_peft(sys.modules["peft"])
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
@@ -66,13 +72,18 @@ def watch_saving() -> None:
 
 
 def _wrap_peft(peft: Any) -> None:
+    _wrap(peft.PeftModel, "__init__", _making)
+    _wrap(peft.PeftModel, "add_adapter", _adding)
     _wrap(peft.PeftModel, "save_pretrained", _saving)
     _wrap(peft.PeftModel, "load_adapter", _loading)
+    _wrap(peft.PeftModel, "from_pretrained", _reading)
+    _wrap(peft.PeftConfig, "from_pretrained", _reading)
 
 
 def _wrap(cls: Any, name: str, around: Callable[..., Any]) -> None:
-    """Put `around(stock, self, ...)` in the place of a method."""
-    stock = getattr(cls, name)
+    """Put `around(stock, self, ...)` in the place of a method, of a class's as well."""
+    of_class = inspect.ismethod(getattr(cls, name))
+    stock = getattr(cls, name).__func__ if of_class else getattr(cls, name)
     if hasattr(stock, "ropemods"):
         return
 
@@ -81,15 +92,50 @@ def _wrap(cls: Any, name: str, around: Callable[..., Any]) -> None:
         return around(stock, self, *args, **kwargs)
 
     method.ropemods = True  # type: ignore[attr-defined]
-    setattr(cls, name, method)
+    setattr(cls, name, classmethod(method) if of_class else method)
 
 
 def _modified(model: nn.Module) -> bool:
     return getattr(model, "ropemods_attached", None) is not None
 
 
+def _making(stock: Callable, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    _complete(uncompiled(model), peft_config, args[0] if args else kwargs.get("adapter_name", "default"))
+    stock(self, model, peft_config, *args, **kwargs)
+
+
+def _adding(stock: Callable, model: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+    if model.peft_config:  # else `_making` has seen to it
+        _complete(uncompiled(model.get_base_model()), peft_config, adapter_name)
+    return stock(model, adapter_name, peft_config, *args, **kwargs)
+
+
+def _adding_native(stock: Callable, model: Any, adapter_config: Any, adapter_name: str | None = None) -> Any:
+    _complete(model, adapter_config, adapter_name or "default")
+    return stock(model, adapter_config, adapter_name)
+
+
+def _complete(model: nn.Module, config: Any, adapter: str) -> None:
+    """Have a new adapter keep what the modifications learn, chose or copied, and say so."""
+    if not _modified(model) or config.inference_mode or not _places(model):
+        return
+    if not hasattr(config, "modules_to_save"):
+        raise ValueError(
+            f"the modifications have values of their own, and a {type(config).__name__} has no modules_to_save to keep "
+            "them with, so they would neither train nor be saved; use a kind that has it, such as LoraConfig"
+        )
+    saved = list(config.modules_to_save or ())
+    if "ropemods" not in saved:
+        config.modules_to_save = [*saved, "ropemods"]
+        warnings.warn(
+            f"'ropemods' was added to modules_to_save of the adapter {adapter!r}, so that it trains and saves what the "
+            "modifications have of their own",
+            stacklevel=4,
+        )
+
+
 def _saving(stock: Callable, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    inner = base_model(model)
+    inner = uncompiled(model.get_base_model())
     if not _modified(inner):
         return stock(model, save_directory, *args, **kwargs)
     chosen = kwargs.get("selected_adapters") or list(model.peft_config)
@@ -133,14 +179,31 @@ def _loading(stock: Callable, model: Any, model_id: Any, adapter_name: str, *arg
     return stock(model, model_id, adapter_name, *args, **kwargs)
 
 
+def _reading(stock: Callable, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of an adapter or its config by PEFT alone, which does not know what its base must be modified with."""
+    try:
+        return stock(cls, *args, **kwargs)
+    except KeyError as error:
+        if not str(error.args[0]).startswith(PREFIX):
+            raise
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, str | os.PathLike)]
+        found = next((each for each in given if (Path(each) / FILE).is_file()), None)
+        wanted = None if found is None else parse(json.loads((Path(found) / FILE).read_text()), found)
+        what = "modifications" if wanted is None else _words(wanted.mods, wanted.strength)
+        raise ValueError(
+            f"the adapter in {found or given[0]} was trained with {what}, and peft would run it on a base without; "
+            "load it with ropemods.from_pretrained, which modifies its base"
+        ) from None
+
+
 def _words(mods: list[Mod], strength: dict[str, float]) -> str:
     return ", ".join(f"{mod} at strength {strength[mod.kind]:g}" for mod in mods) or "no modification"
 
 
-def _check_saved(inner: nn.Module, adapters: list[str]) -> None:
-    """What the modifications learned, chose or copied is saved with an adapter only if PEFT was told of them."""
-    kept = {mod.kind for mod in inner.ropemods_attached.mods if mod.must_be_saved}
-    places = [
+def _places(inner: nn.Module) -> list[nn.Module]:
+    """Where there is something of the modifications that they learned, chose or copied."""
+    kept = {mod.kind for mod in inner.ropemods_attached.mods if mod.must_be_saved}  # type: ignore[union-attr]
+    return [
         module
         for name, module in inner.named_modules()
         if name.rpartition(".")[2] == "ropemods"
@@ -148,8 +211,13 @@ def _check_saved(inner: nn.Module, adapters: list[str]) -> None:
         and "original_module" not in name
         and any(kept.intersection(key.split(".")) for key in module.state_dict())
     ]
+
+
+def _check_saved(inner: nn.Module, adapters: list[str]) -> None:
+    """What the modifications learned, chose or copied is saved with an adapter only if PEFT was told of them."""
+    places = _places(inner)
     for adapter in adapters:
-        unsaved = [p for p in places if isinstance(p, Stages) or adapter not in p.modules_to_save]
+        unsaved = [p for p in places if isinstance(p, Stages) or adapter not in getattr(p, "modules_to_save")]  # noqa: B009
         if unsaved:
             raise ValueError(
                 f"the modifications have values of their own (in {len(unsaved)} places) that the adapter {adapter!r} "
@@ -192,3 +260,24 @@ def read(path: str | os.PathLike):
         peft_type=kind.removeprefix(PREFIX), **options
     )
     return config, json.loads((folder / FILE).read_text())
+
+
+def base_class(config: Any) -> Any:
+    """The class that loads what an adapter was trained on: the one it names, that of its task, or a causal LM's."""
+    tasks = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
+    named = (config.auto_mapping or {}).get("base_model_class") or tasks.get(config.task_type)
+    return getattr(transformers, named or "", transformers.AutoModelForCausalLM)
+
+
+@torch.no_grad()
+def start_as(model: nn.Module, adapter: str) -> None:
+    """Give the base what an adapter's modifications start from, which a new adapter copies and a reference model is.
+
+    An adapter does not train what it holds in buffers: it is what was chosen or copied before, from the base.
+    """
+    for place in _places(base_model(model)):
+        if not isinstance(place, Stages):
+            of_base = dict(place.original_module.named_buffers())  # type: ignore[operator, union-attr]
+            for name, value in place.modules_to_save[adapter].named_buffers():  # type: ignore[index, union-attr]
+                if not value.is_meta:  # offloaded
+                    of_base[name].copy_(value)
