@@ -16,7 +16,7 @@ import html
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,8 @@ class Attached:
     handles: list
     at_path: dict[str, float]
     """The strengths in the checkpoint that the model was loaded from."""
+    load: Callable[..., nn.Module] | None = None
+    """Loads the model from that checkpoint, where it is a modified one."""
     wants_bos: bool = False
     """Whether layers or the embedding must be told where the BOS is, once strengths are above 0."""
     wants_shared: bool = False
@@ -318,7 +320,8 @@ def refresh(model: PreTrainedModel) -> None:
     for mod in (mod for mod in attached.mods if mod.edits_frequencies and mod.for_some_layers):
         layer_tables.write(model, mod, alpha[mod.kind])
     config_record.write(model, attached.mods, alpha, attached.rope_parameters, attached.bos_token_id)
-    origin.mark(model, differs=alpha != attached.at_path)
+    moved = alpha != attached.at_path
+    origin.mark(model, differs=moved or any(alpha.values()), load=None if moved else attached.load)
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -103,6 +103,7 @@ def _from_pretrained(
     config_record.check_native(model, found, path)
     model.ropemods_attached.strength.update(found.strength)
     model.ropemods_attached.at_path.update(found.strength)
+    model.ropemods_attached.load = from_pretrained
     refresh(model)
     return (model, report) if output_loading_info else model
 

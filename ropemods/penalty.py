@@ -13,7 +13,8 @@ square of one batch's D would pay for its noise, and a product with what other b
 there is no D̄, and nothing is penalised. P / 2 estimates the early residual without bias, so it may be negative.
 
 **Where it joins.** A model that is called with `labels` in training mode returns a loss with the penalty in it, so
-Trainer, TRL and plain loops need no change. Where you compute the loss yourself, add `penalized.penalty()`.
+Trainer and plain loops need no change. Where the loss is computed from something else, as you may do and TRL's trainers
+do, add `penalized.penalty()`; a batch whose loss is without it is an error.
 `penalized.last` holds the loss without it, and `penalized.callback()` logs both in a Trainer.
 
 **A step** is an optimizer's. The batches of one step are penalised against the same D̄ and together, over all ranks,

@@ -13,7 +13,7 @@ where it was, and checkpoints and evaluations made at a step see the strength of
 a run too short for its schedule is an error before the first step. Where the Trainer ends by loading its best model
 (`load_best_model_at_end`), the strength is then the one that the best checkpoint records.
 
-It is a callback of transformers' Trainer, hence of TRL's SFTTrainer too, and works on what they wrap: PEFT, DDP, FSDP,
+It is a callback of transformers' Trainer, hence of TRL's trainers too, and works on what they wrap: PEFT, DDP, FSDP,
 DeepSpeed. The strength is logged beside every loss. Reporters that the Trainer makes itself from `report_to` are called
 before any callback of yours and do not see it; `ropemods.training.reporters` tells how to put them behind.
 """
@@ -21,6 +21,7 @@ before any callback of yours and do not see it; `ropemods.training.reporters` te
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -68,6 +69,7 @@ class StrengthSchedule(TrainerCallback):
                 f"and this run has {state.max_steps}, so the model would end half modified; train for longer "
                 "(max_steps) or shorten the schedule (steps, delay)"
             )
+        _warn_of_reference(args, kwargs["model"])
         self._set = None  # the same callback may see a second run, on another model
         self._move(state, kwargs["model"])
 
@@ -117,3 +119,15 @@ class StrengthSchedule(TrainerCallback):
         kind = "" if self.kind is None else f", kind={self.kind!r}"
         delay = f", delay={self.delay}" if self.delay else ""
         return f"StrengthSchedule(steps={self.steps}, shape={self.shape!r}{kind}{delay})"
+
+
+def _warn_of_reference(args: TrainingArguments, model: nn.Module) -> None:
+    """Say where TRL takes a model without its adapter for the start: it has the strength of the moment."""
+    wants_one = hasattr(args, "sync_ref_model") and getattr(args, "beta", 0) != 0
+    if wants_one and hasattr(model, "peft_config") and not getattr(args, "precompute_ref_log_probs", False):
+        warnings.warn(
+            "TRL's reference for an adapter is the model without it, so its strength moves along with the model's and "
+            "it does not stay the start; pass ref_model=copy.deepcopy(model) to a trainer that takes one, set "
+            "precompute_ref_log_probs=True, or start at the strength that you want and leave the schedule out",
+            stacklevel=2,
+        )

@@ -8,7 +8,12 @@ import pickle
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import ropemods as rm
 from tests import zoo
@@ -53,6 +58,27 @@ def test_a_modified_checkpoint_that_stock_runs_exactly_may_be_loaded_by_its_name
     model, ids = rm.from_pretrained(tmp_path / "modified"), zoo.tokens()
     again = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
+    rm.set_strength(model, 0.5)
+    with pytest.raises(ValueError, match="unmodified"):
+        AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+
+
+def test_a_modified_checkpoint_that_stock_cannot_run_is_loaded_modified_by_its_name(base, tmp_path) -> None:
+    rm.apply(AutoModelForCausalLM.from_pretrained(base), rm.LearnedSink(init=0.3)).save_pretrained(
+        tmp_path / "modified"
+    )
+    model, ids = rm.from_pretrained(tmp_path / "modified"), zoo.tokens()
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again = AutoModelForCausalLM.from_pretrained(
+            each.config._name_or_path, attn_implementation=each.config._attn_implementation
+        )
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    for name, cls in (
+        (str(model.config._name_or_path), AutoModelForCausalLM),
+        (model.config._name_or_path, AutoModelForSequenceClassification),  # which is not what is there
+    ):
+        with pytest.raises(ValueError, match="modifications that stock transformers cannot run"):
+            cls.from_pretrained(name)
     rm.set_strength(model, 0.5)
     with pytest.raises(ValueError, match="unmodified"):
         AutoModelForCausalLM.from_pretrained(model.config._name_or_path)

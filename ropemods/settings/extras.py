@@ -13,6 +13,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "peft", "datasets", "pyarrow", "pandas"),
     "deepspeed": ("deepspeed",),
     "gguf": ("gguf",),
+    "trl": ("trl",),
     "eval": ("lm_eval",),
 }
 """The packages of each extra, by the names they are imported under."""
