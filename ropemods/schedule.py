@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ropemods.attach import set_strength
 from ropemods.checkpoint import recorded_strength
-from ropemods.model.wrappers import unwrapped
+from ropemods.model.wrappers import base_model, unwrapped
 
 Shape = Literal["cosine", "linear", "hard"]
 
@@ -69,7 +69,7 @@ class StrengthSchedule(TrainerCallback):
                 f"and this run has {state.max_steps}, so the model would end half modified; train for longer "
                 "(max_steps) or shorten the schedule (steps, delay)"
             )
-        _warn_of_reference(args, kwargs["model"])
+        self._check_reference(args, kwargs["model"], state.global_step)
         self._set = None  # the same callback may see a second run, on another model
         self._move(state, kwargs["model"])
 
@@ -120,14 +120,22 @@ class StrengthSchedule(TrainerCallback):
         delay = f", delay={self.delay}" if self.delay else ""
         return f"StrengthSchedule(steps={self.steps}, shape={self.shape!r}{kind}{delay})"
 
-
-def _warn_of_reference(args: TrainingArguments, model: nn.Module) -> None:
-    """Say where TRL takes a model without its adapter for the start: it has the strength of the moment."""
-    wants_one = hasattr(args, "sync_ref_model") and getattr(args, "beta", 0) != 0
-    if wants_one and hasattr(model, "peft_config") and not getattr(args, "precompute_ref_log_probs", False):
-        warnings.warn(
-            "TRL's reference for an adapter is the model without it, so its strength moves along with the model's and "
-            "it does not stay the start; pass ref_model=copy.deepcopy(model) to a trainer that takes one, set "
-            "precompute_ref_log_probs=True, or start at the strength that you want and leave the schedule out",
-            stacklevel=2,
-        )
+    def _check_reference(self, args: TrainingArguments, model: nn.Module, step: int) -> None:
+        """TRL's trainers have made their reference by now, and it is to be what training starts from."""
+        if not hasattr(args, "sync_ref_model") or getattr(args, "beta", 0) == 0:
+            return
+        given, first = base_model(unwrapped(model)).ropemods_attached.strength, self.at(0)
+        off = [kind for kind in given if self.kind in (None, kind) and given[kind] != first]
+        if step == 0 and off:
+            raise ValueError(
+                f"the reference model was made with {off[0]} at strength {given[off[0]]:g}, and this schedule starts "
+                f"training at {first:g}; make the trainer after ropemods.set_strength(model, {first:g}), or apply with "
+                f"strength={first:g}"
+            )
+        if hasattr(model, "peft_config") and not getattr(args, "precompute_ref_log_probs", False):
+            warnings.warn(
+                "TRL's reference for an adapter is the model without it, so its strength moves along with the model's "
+                "and it does not stay the start; pass ref_model=copy.deepcopy(model) to a trainer that takes one, set "
+                "precompute_ref_log_probs=True, or start at the strength that you want and leave the schedule out",
+                stacklevel=2,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def test_a_model_that_was_modified_in_memory_has_no_reference_and_the_error_says
 ) -> None:
     with pytest.raises(ValueError, match=r"ref_model=copy.deepcopy\(model\).*\(GRPO, RLOO\).*ropemods.from_pretrained"):
         make(trainer, modified(base), tmp_path, beta=0.1)
+
+
+def test_a_modified_checkpoint_that_a_trainer_loads_itself_is_refused(base, tmp_path) -> None:
+    modified(base).save_pretrained(tmp_path / "modified")
+    with pytest.raises(ValueError, match=r"load it with ropemods\.from_pretrained"):
+        make("sft", str(tmp_path / "modified"), tmp_path)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -74,6 +81,15 @@ def test_an_adapter_that_is_trained_on_has_itself_as_its_reference(trainer, base
     close(logits(run, run.model), start, 1e-6)
     bare.set_adapter("default")
     assert not torch.allclose(logits(run, run.model), start, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"ref_model": True}, {"precompute_ref_log_probs": True}], ids=str)
+def test_a_reference_at_another_strength_than_the_schedule_starts_at_is_refused(options, base, tmp_path) -> None:
+    model = modified(base)
+    options = {name: copy.deepcopy(model) if name == "ref_model" else value for name, value in options.items()}
+    run = make("dpo", model, tmp_path, callbacks=[rm.StrengthSchedule(steps=2)], **options)
+    with pytest.raises(ValueError, match="with truncated_rope at strength 1, and this schedule starts training at 0"):
+        run.train()
 
 
 def test_a_schedule_that_would_move_the_reference_says_so(base, tmp_path) -> None:

@@ -32,16 +32,23 @@ def base(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))
 
 
+def name_of(trainer: str, kind: str, adapter: bool) -> str:
+    return f"{trainer}-{'lora' if adapter else 'full'}-{kind}"
+
+
+WAYS = [(*case, adapter) for case in CASES for adapter in (False, True)]
+
+
+def test_the_readme_has_every_case_in_its_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert [name_of(*way) for way in WAYS if f"`{name_of(*way)}`" not in readme] == []
+    assert f"TRL\n{'.'.join(trl.__version__.split('.')[:2])} and its own defaults" in readme
+
+
 @pytest.mark.parametrize(
     "trainer, kind, adapter",
-    [
-        pytest.param(
-            trainer, kind, adapter, id=f"{trainer}-{'lora' if adapter else 'full'}-{kind}",
-            marks=[] if (trainer, kind, adapter) in EACH_TIME else pytest.mark.slow,
-        )
-        for trainer, kind in CASES for adapter in (False, True)
-    ],
-)  # fmt: skip
+    [pytest.param(*way, id=name_of(*way), marks=[] if way in EACH_TIME else pytest.mark.slow) for way in WAYS],
+)
 def test_a_trainer_trains_the_modifications_and_saves_them(trainer, kind, adapter, base, tmp_path) -> None:
     run = ready(trainer, base, tmp_path, adapter=adapter, **ROWS[kind])
     run.train()
