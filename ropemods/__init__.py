@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from ropemods.checkpoint import export, from_pretrained
     from ropemods.leakage.measurement import measure
     from ropemods.leakage.protocol import Protocol
-    from ropemods.leakage.suggestion import Suggestion, suggest
+    from ropemods.leakage.suggestion import suggest
     from ropemods.mods import *  # noqa: F403
     from ropemods.penalty import Penalized, Penalty, penalize
     from ropemods.report.comparison import Comparison, compare, compare_arms
+    from ropemods.report.proposals import Suggestion
     from ropemods.report.report import Report
     from ropemods.schedule import StrengthSchedule
 
@@ -39,7 +40,7 @@ _HOMES = {
     "compare_arms": "report.comparison",
     "Comparison": "report.comparison",
     "suggest": "leakage.suggestion",
-    "Suggestion": "leakage.suggestion",
+    "Suggestion": "report.proposals",
 }
 
 

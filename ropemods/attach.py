@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import itertools
 import sys
 import warnings
@@ -353,7 +354,14 @@ def _detach(model: PreTrainedModel) -> None:
             del module.ropemods
 
 
-def summary(model: nn.Module) -> str:
+class Summary(str):
+    """The text of `summary`, which a notebook shows in its lines."""
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="font-family: monospace; white-space: pre-wrap">{html.escape(self)}</pre>'
+
+
+def summary(model: nn.Module) -> Summary:
     """One line a modification: where it acts, its strength, what trains; then backend, portability and totals."""
     inner = base_model(model)
     attached = _attached(inner)
@@ -374,7 +382,7 @@ def summary(model: nn.Module) -> str:
     if backend == "sdpa" and any(type(mod).stage is not Mod.stage for mod in attached.mods):
         kernels = f", kernels: {chosen(inner.device)}"
     lines.append(f"attention: {backend}{kernels} · loads in stock transformers: {portable} · all params: {total:,}")
-    return "\n".join(lines)
+    return Summary("\n".join(lines))
 
 
 def _learned(mod: Mod, model: PreTrainedModel, layer_count: int) -> Iterator[str]:

@@ -118,6 +118,7 @@ ABOUT_SOME = {
         {"TruncatedRoPE", "truncated_rope", "learned_sink"},
         "what it reads off a model are values for options that these two have, and no other",
     ),
+    "ropemods.report.proposals": ({"TruncatedRoPE"}, "it words the same proposal for people"),
 }
 """What may be named where, and why."""
 OPTIONS = {field.name for mod in MODS for field in dataclasses.fields(mod)} - {"layers"}

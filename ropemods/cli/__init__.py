@@ -23,7 +23,7 @@ import ropemods
 from ropemods.cli.command import Command, Help, parse
 from ropemods.cli.help import help_text
 
-COMMANDS = ("apply", "show", "measure", "compare", "suggest", "train", "export", "bench", "doctor")
+COMMANDS = ("apply", "show", "measure", "compare", "suggest", "train", "export", "bench", "doctor", "completion")
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit codes, beside 0: what the user can mend; output that nobody read to the end, or a bug, with its traceback;
@@ -71,7 +71,7 @@ def load(name: str) -> Command:
 def overview() -> str:
     """What `ropemods --help` prints."""
     lines = ["usage: ropemods COMMAND ...", "", ropemods.__doc__ or "", ""]
-    lines += [f"  {name:<10}{load(name).summary()}" for name in COMMANDS]
+    lines += [f"  {name:<12}{load(name).summary()}" for name in COMMANDS]
     return "\n".join([*lines, "", "`ropemods COMMAND --help` shows its options and an example; also: --version"])
 
 

@@ -14,18 +14,17 @@ Shapes: B batch, H query heads, T queries, S keys, V vocabulary.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ropemods.attention.rows import Rows
 from ropemods.leakage import reading
 from ropemods.leakage.crops import Crops
+from ropemods.leakage.progress_bar import progress_bar
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
 from ropemods.model.attention_function import observed
@@ -191,8 +190,7 @@ def _not_finite(model: nn.Module, sums: Sums, tokens_BT: Tensor) -> str:
 def read(crops: Crops, protocol: Protocol, sums: Sums, observer: Observer, *, progress: str | None) -> Iterator[Tensor]:
     """The batches of every fold, each fold closed after its last one."""
     total = sum(len(batches) for batches in crops.folds(protocol.batch_size))
-    hidden = True if progress is None or ranks()[0] != 0 else None  # None: only where someone watches
-    with tqdm(total=total, desc=progress, unit="batch", file=sys.stderr, disable=hidden, leave=False) as bar:
+    with progress_bar(total, progress, "batch", shown=progress is not None and ranks()[0] == 0) as bar:
         for batches in crops.folds(protocol.batch_size):
             for tokens_BT, groups_B in batches:
                 observer.groups_B = groups_B

@@ -24,17 +24,15 @@ time, and what follows from it (`leakage/tries.py`, `report/tries.py`). It takes
 **sink** for `LearnedSink`: per head, the logit at which a sink takes the mass that BOS had. It is what
 `apply(..., calibration=…)` would choose.
 
-These two are named here, and nowhere else outside `ropemods.mods`, because what is read off the model is a value for an
-option that each alone has. The menu that is tried names none.
+These two are named here, and in the words of `ropemods.report.proposals`, because what is read off the model is a value
+for an option that each alone has. The menu that is tried names none.
 
 Shapes: B batch, L layers, H query heads, T queries, F rotary bands.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,108 +52,17 @@ from ropemods.model.observation import observing
 from ropemods.model.wrappers import base_model, unwrapped
 from ropemods.mods.learned_sink import sink_with_mass
 from ropemods.mods.truncated_rope import TruncatedRoPE
-from ropemods.report.html.tries_page import render_tries
+from ropemods.report.proposals import Band, Ladder, Suggestion
 from ropemods.report.records import Usage
-from ropemods.report.tried_recipe import recipe
-from ropemods.report.tries import Tries
-from ropemods.report.words import markdown_table, number, percent
-from ropemods.settings.files import write_text
-from ropemods.settings.json_records import dumps, encode
+from ropemods.report.words import number, percent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = 1
 SEQUENCES, CROP = 32, 512
 MAX_PHASE, MAX_USAGE = 1.0, 0.25
 WEAK_SINK = 0.05
 """Mean mass on BOS below which a learned sink has little to take over."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Band:
-    """One rotary frequency. Shares are of the mean norms of all bands, mean over the layers that have it."""
-
-    index: int
-    wavelength: float
-    """Tokens in a full turn."""
-    cycles: float
-    """Turns within the length."""
-    phase: float
-    """Radians at the length."""
-    query_share: float
-    key_share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ladder:
-    """The bands of the layers that share one frequency table, highest frequency first."""
-
-    layers: tuple[int, ...]
-    bands: tuple[Band, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suggestion:
-    """What a model's use of its bands and of BOS speaks for."""
-
-    length: int
-    ladders: tuple[Ladder, ...]
-    keep: float | None
-    """For `TruncatedRoPE(keep)`; None: no cut is proposed."""
-    keep_reason: str
-    bos_mass: float
-    """Mean over layers, heads and queries."""
-    sink: tuple[tuple[float, ...], ...]
-    """Initial logit per layer and head for `LearnedSink`."""
-    sink_reason: str
-    notes: tuple[str, ...] = ()
-    tries: Tries | None = None
-    """What a menu of modifications does untrained; None where nothing was tried."""
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write it to `path`, whole or not at all."""
-        return write_text(path, dumps({"schema": SCHEMA, "kind": "suggestion", **encode(self)}))
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page of what was tried."""
-        return write_text(path, render_tries(self._tried("the page shows")))
-
-    def to_recipe(self, path: str | os.PathLike[str], *, model: str, data: str, **keys: Any) -> Path:
-        """Write the recipe that follows from what was tried, for `ropemods train`; `keys` are more of a recipe's, and
-        win over ours."""
-        given = {"model_name_or_path": model, "data": data, **keys}
-        return write_text(path, recipe(self._tried("the recipe follows from"), given))
-
-    def _tried(self, what: str) -> Tries:
-        if self.tries is None:
-            raise ValueError(f"{what} what was tried, and nothing was; suggest(..., trying=True)")
-        return self.tries
-
-    def to_markdown(self) -> str:
-        """The proposals, then the bands they come from."""
-        keep = "no cut" if self.keep is None else f"`TruncatedRoPE(keep={self.keep:g})`"
-        parts = [f"# Suggestion for sequences of {self.length} tokens", f"- {keep}: {self.keep_reason}."]
-        parts[-1] += f"\n- `LearnedSink()`: {self.sink_reason}."
-        for ladder in self.ladders:
-            parts.append(f"## Bands of layers {_span(ladder.layers)}\n\n{_table(ladder.bands)}")
-        logits = [
-            (str(n), f"{min(row):.2f}", f"{sum(row) / len(row):.2f}", f"{max(row):.2f}") for n, row in self._rows()
-        ]
-        parts.append(
-            "## Sink logit at the start\n\n" + markdown_table(("layer", "lowest head", "mean", "highest"), logits)
-        )
-        if self.tries is not None:
-            parts.append(self.tries.to_markdown())
-        if self.notes:
-            parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in self.notes))
-        return "\n\n".join(parts) + "\n"
-
-    def _rows(self) -> list[tuple[int, tuple[float, ...]]]:
-        return list(enumerate(self.sink))
-
-    def __str__(self) -> str:
-        return f"Suggestion(keep={self.keep}: {self.keep_reason})"
 
 
 def suggest(
@@ -324,23 +231,3 @@ def _sink_reason(mass: float) -> str:
         f"BOS has {percent(mass)} of the attention, which a sink can take over; calibrate it with "
         "apply(..., calibration=ids) to start from the logits below"
     )
-
-
-def _span(layers: tuple[int, ...]) -> str:
-    whole = layers == tuple(range(layers[0], layers[-1] + 1)) and len(layers) > 2
-    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
-def _table(bands: tuple[Band, ...]) -> str:
-    rows = [
-        (
-            str(band.index),
-            number(band.wavelength),
-            number(band.cycles),
-            number(band.phase),
-            percent(band.query_share),
-            percent(band.key_share),
-        )
-        for band in bands
-    ]
-    return markdown_table(("band", "wavelength, tokens", "cycles", "phase, rad", "of queries", "of keys"), rows)

@@ -8,7 +8,6 @@ a model refuses is told with its reason, and the others go on.
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ropemods import attach, clock
 from ropemods.leakage.capture import forward, ranks
 from ropemods.leakage.crops import make_crops
 from ropemods.leakage.documents import Documents
 from ropemods.leakage.measurement import measure
+from ropemods.leakage.progress_bar import progress_bar
 from ropemods.leakage.protocol import Protocol
 from ropemods.model.short_pass import quietly
 from ropemods.model.wrappers import base_model, unwrapped
@@ -62,8 +61,7 @@ def tried(
     batch_BT = calibration(documents, tokenizer, protocol, bos_token_id)
     tries: list[Try] = []
     refused: list[Refused] = []
-    hidden = True if not progress or ranks()[0] != 0 else None  # None: only where someone watches
-    with tqdm(total=1 + len(menu()), desc="try", unit="mod", file=sys.stderr, disable=hidden, leave=False) as bar:
+    with progress_bar(1 + len(menu()), "try", "mod", shown=progress and ranks()[0] == 0) as bar:
 
         def read() -> Report:
             return measure(called, tokenizer, documents, protocol, bos_token_id=bos_token_id, progress=False)

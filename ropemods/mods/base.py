@@ -258,6 +258,11 @@ class Mod:
             return "it acts on some layers only, and a stock config has one set of frequencies for all"
         return None
 
+    def stock_entries(self, config: Any, layer_count: int) -> dict[str, Any]:
+        """Entries of a stock config by which a stock model does the same at strength 1; none where there are none. What
+        they give is compared with this model before it is written."""
+        return {}
+
     @property
     def for_some_layers(self) -> bool:
         """Whether it chooses among the attention layers, by `layers` or in a way of its own (`selects`)."""

@@ -16,15 +16,21 @@ Intervals of changes are paired (see `changes`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ropemods.report.changes import Change, Contrast, Contrasts, contrast, quantities
+from ropemods.report.markdown import mods_line
+from ropemods.report.notebook import InNotebook, Row, cells_of
 from ropemods.report.report import Report
 from ropemods.report.words import shown
 from ropemods.settings.files import write_text
 from ropemods.settings.json_records import dumps, encode
+
+if TYPE_CHECKING:
+    from ropemods.report.html.alone import Figure
 
 COMPARISON_SCHEMA = 1
 
@@ -32,7 +38,7 @@ __all__ = ["Change", "Comparison", "Contrast", "compare", "compare_arms"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Comparison(Contrasts):
+class Comparison(Contrasts, InNotebook):
     """Named arms and the contrasts between them; the first contrast is the headline."""
 
     arms: Mapping[str, Report]
@@ -48,6 +54,33 @@ class Comparison(Contrasts):
         from ropemods.report.html import render_page
 
         return write_text(path, render_page(self.arms, self))
+
+    def _repr_html_(self) -> str:
+        from ropemods.report.html.alone import opening_part
+
+        return opening_part(self.arms, self)
+
+    @property
+    def figures(self) -> Mapping[str, Figure]:
+        """Every figure of the page, by name."""
+        from ropemods.report.html.alone import figures
+
+        return figures(self.arms, self)
+
+    def _tables(self) -> Mapping[str, Iterable[Row]]:
+        return {
+            "changes": [
+                {"from": each.before, "to": each.after, "paired": each.paired, **cells_of(change)}
+                for each in self.contrasts
+                for change in each.changes
+            ],
+            "arms": [
+                {"arm": name, "model": report.model.name, "mods": mods_line(report), "dtype": report.model.dtype}
+                | cells_of(report.text)
+                | {"command": report.command}
+                for name, report in self.arms.items()
+            ],
+        }
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write values and intervals of every contrast; the replicates stay in the reports."""

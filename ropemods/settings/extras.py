@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("accelerate", "peft", "datasets", "pyarrow"),
+    "train": ("accelerate", "peft", "datasets", "pyarrow", "pandas"),
     "deepspeed": ("deepspeed",),
     "gguf": ("gguf",),
     "eval": ("lm_eval",),

@@ -45,7 +45,7 @@ def sinks(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | None:
             percent=mass,
             x_name=lambda x: f"query {x:g}",
         )
-        means.append(figure(caption, drawing, note))
+        means.append(figure(caption, drawing, note, name=f"{caption[0].lower()}{caption[1:]} by query"))
     heads = {arm.name: s.heads_bos_mass for arm, s in found}
     return section(
         "sink",
@@ -60,7 +60,10 @@ def sinks(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | None:
         folded("Each layer", *_sink_layers(found)),
         folded(
             "Mass on BOS by layer and head",
-            grid(*head_maps(heads, comparison, "mass on BOS", percent, root=False, inside=percent)),
+            grid(
+                *head_maps(heads, comparison, "mass on BOS", percent, root=False, inside=percent),
+                name="mass on BOS by head",
+            ),
         ),
     )
 
@@ -95,7 +98,7 @@ def _sink_layers(found: Sequence[tuple[Arm, Sink]]) -> list[Markup]:
                 percent=True,
             )
             figures.append(figure(title, drawing))
-        groups.append(grid(*figures))
+        groups.append(grid(*figures, name=f"{caption[0].lower()}{caption[1:]} by layer"))
     return [_depth_legend(len(found[0][1].bos_mass)), *groups]
 
 
@@ -160,10 +163,11 @@ def entropies(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | Non
         "Entropy",
         element("p", words),
         legend(arms),
-        grid(figure(caption, drawing, "mean over layers and heads"), *maps),
+        grid(figure(caption, drawing, "mean over layers and heads", name="entropy by query")),
+        grid(*maps, name="entropy by layer and query"),
         folded(
             "By layer and head",
-            grid(*head_maps(heads, comparison, "entropy, nats", number, root=False)),
+            grid(*head_maps(heads, comparison, "entropy, nats", number, root=False), name="entropy by head"),
         ),
     )
 
@@ -181,7 +185,9 @@ def usages(arms: Sequence[Arm]) -> Markup | None:
     length = float(arms[0].report.protocol["length"])
     figures = []
     for caption, pick in (("Queries", lambda u: u.query), ("Keys", lambda u: u.key)):
-        figures.append(figure(caption, _usage_lines(found, pick, caption, length)))
+        figures.append(
+            figure(caption, _usage_lines(found, pick, caption, length), name=f"{caption.lower()} by wavelength")
+        )
     words = (
         "The mean 2-norm of every rotated pair of channels, over layers and heads. A band whose "
         "wavelength passes the sequence length (dotted) never completes a turn; bands that a mod has "
@@ -198,7 +204,7 @@ def usages(arms: Sequence[Arm]) -> Markup | None:
             drawing = heat_map(rows, shade, title=title, columns=columns, x_label="band, fastest first")
             maps.append(figure(title, drawing))
         bar = figure("Scale", colour_bar(shade, title=f"{side} norm"))
-        groups.append(grid(*maps, bar))
+        groups.append(grid(*maps, bar, name=f"{side} norm by layer and band"))
     return section(
         "usage",
         "Frequency usage",

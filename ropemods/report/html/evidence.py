@@ -48,7 +48,7 @@ def interventions(arms: Sequence[Arm]) -> Markup | None:
         "interventions",
         "Interventions",
         element("p", words),
-        grid(*figures),
+        grid(*figures, name="interventions"),
         folded("As a table", *tables),
     )
 

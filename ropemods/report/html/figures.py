@@ -47,7 +47,7 @@ def by_query(arms: Sequence[Arm]) -> Markup | None:
                 y_label="nats²",
                 x_name=lambda x, names=names: names.get(x, f"query {x:.0f}"),  # type: ignore[misc]
             )
-            figures.append(figure(title, drawing))
+            figures.append(figure(title, drawing, name=f"{name} by query"))
     if not figures:
         return None
     words = (
@@ -73,7 +73,8 @@ def _layer_bins(arms: Sequence[Arm]) -> Markup | None:
             columns = [span(b.start, b.stop) for b in term.bins]
             drawing = heat_map(term.layer_bins, shade, title=title, columns=columns, x_label="queries")
             maps.append(figure(title, drawing))
-        groups.append(grid(*maps, figure("Scale", colour_bar(shade, title=f"{name}, nats²"))))
+        scale = figure("Scale", colour_bar(shade, title=f"{name}, nats²"))
+        groups.append(grid(*maps, scale, name=f"{name} by layer and query"))
     return folded("Layers × queries", *groups) if groups else None
 
 
@@ -88,7 +89,7 @@ def by_head(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup | None:
     for name in TERMS:
         grids = {arm.name: arm.report.terms[name].heads.early for arm in arms if name in arm.report.terms}
         if grids:
-            maps = grid(*head_maps(grids, comparison, f"{name}, nats²", number))
+            maps = grid(*head_maps(grids, comparison, f"{name}, nats²", number), name=f"{name} by head")
             title = f"{name.capitalize()}, early queries"
             opened = element("h3", title)
             groups.append(element("div", opened, maps) if name == "residual" else folded(title, maps))

@@ -33,6 +33,11 @@ _TERM_CAPTIONS = {
 
 def headline(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup:
     """The first section of the page."""
+    return section("headline", "Headline", *opening(arms, comparison))
+
+
+def opening(arms: Sequence[Arm], comparison: Contrasts | None) -> list[Markup | None]:
+    """What was found, in short: all that a notebook shows of it."""
     protocol = arms[0].report.protocol
     explained = f"{basis(protocol)} Leakage is in nats²; its root is in nats."
     if comparison is not None:
@@ -48,15 +53,13 @@ def headline(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup:
             folded(f"All of {contrast.before} to {contrast.after}", _contrast_table(contrast))
             for contrast in comparison.contrasts[1:]
         ]
-    return section(
-        "headline",
-        "Headline",
+    return [
         _lead(arms, comparison),
         element("p", explained, class_="soft"),
         legend(arms),
         grid(*_dot_figures(arms), wide=True),
         *tables,
-    )
+    ]
 
 
 def _lead(arms: Sequence[Arm], comparison: Contrasts | None) -> Markup:
@@ -77,12 +80,12 @@ def _dot_figures(arms: Sequence[Arm]) -> Iterator[Markup]:
         if rows:
             caption = _TERM_CAPTIONS[name]
             drawing = dots(rows, title=caption, unit="nats²")
-            yield figure(caption, drawing, TERM_MEANING[name].capitalize() + ".")
+            yield figure(caption, drawing, TERM_MEANING[name].capitalize() + ".", name=f"early {name}")
     losses = [(a.name, a.look, a.report.held_out_loss) for a in arms if a.report.held_out_loss is not None]
     if losses:
         caption = "Held-out loss"
         drawing = dots(losses, title=caption, unit="nats per token", zero=False)
-        yield figure(caption, drawing, "On the very crops that were measured. The axis is cut.")
+        yield figure(caption, drawing, "On the very crops that were measured. The axis is cut.", name="held-out loss")
 
 
 def _arms_table(arms: Sequence[Arm]) -> Markup:

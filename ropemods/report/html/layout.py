@@ -36,16 +36,20 @@ def section(anchor: str, title: str, *children: Child | None) -> Markup:
     return element("section", element("h2", title), *children, id=anchor)
 
 
-def figure(caption: str, drawing: Child, note: str | None = None) -> Markup:
-    """A caption, its drawing, a note below, and a line in which a tap on a mark shows its value."""
+def figure(caption: str, drawing: Child, note: str | None = None, *, name: str | None = None) -> Markup:
+    """A caption, its drawing, a note below, and a line in which a tap on a mark shows its value.
+
+    `name` is what a figure that can stand alone is asked for by (`alone.py`); a grid that only tells something as a
+    whole, such as maps with the bar of their scale, has it in place of its figures.
+    """
     small = element("small", note) if note else None
     output = element("output", aria_live="polite")
-    return element("figure", element("figcaption", caption), drawing, small, output)
+    return element("figure", element("figcaption", caption), drawing, small, output, data_name=name)
 
 
-def grid(*figures: Child | None, wide: bool = False) -> Markup:
+def grid(*figures: Child | None, wide: bool = False, name: str | None = None) -> Markup:
     """Figures side by side, as many as the screen is wide; `wide` for two at most."""
-    return element("div", *figures, class_="grid wide" if wide else "grid")
+    return element("div", *figures, class_="grid wide" if wide else "grid", data_name=name)
 
 
 def legend(arms: Sequence[Arm]) -> Markup | None:

@@ -38,7 +38,24 @@ _CONTENTS = {
 def render_page(reports: Mapping[str, Findings], comparison: Contrasts | None = None) -> str:
     """The page of one report, or of a comparison's arms, as HTML text."""
     arms = dress(reports, comparison)
-    sections = {
+    shown = sections(arms, comparison)
+    links = [element("a", _CONTENTS[anchor], href=f"#{anchor}") for anchor in shown]
+    title = title_of(arms, comparison)
+    body = element(
+        "body",
+        element("h1", title),
+        element("p", subtitle_of(arms), class_="soft"),
+        element("nav", links, aria_label="Contents"),
+        notes(arms, comparison.differences if comparison is not None else ()),
+        *shown.values(),
+        element("script", trusted(SCRIPT)),
+    )
+    return join(trusted("<!doctype html>\n"), element("html", head(title), body, lang="en"), "\n")
+
+
+def sections(arms: tuple[Arm, ...], comparison: Contrasts | None) -> dict[str, Markup]:
+    """The sections that any of the arms measured, by their anchors."""
+    every = {
         "headline": headline(arms, comparison),
         "by-query": by_query(arms),
         "by-head": by_head(arms, comparison),
@@ -49,28 +66,18 @@ def render_page(reports: Mapping[str, Findings], comparison: Contrasts | None = 
         "controls": controls(arms),
         "provenance": provenance(arms),
     }
-    shown = {anchor: content for anchor, content in sections.items() if content is not None}
-    links = [element("a", _CONTENTS[anchor], href=f"#{anchor}") for anchor in shown]
-    title = _title(arms, comparison)
-    body = element(
-        "body",
-        element("h1", title),
-        element("p", _subtitle(arms), class_="soft"),
-        element("nav", links, aria_label="Contents"),
-        notes(arms, comparison.differences if comparison is not None else ()),
-        *shown.values(),
-        element("script", trusted(SCRIPT)),
-    )
-    return join(trusted("<!doctype html>\n"), element("html", head(title), body, lang="en"), "\n")
+    return {anchor: content for anchor, content in every.items() if content is not None}
 
 
-def _title(arms: tuple[Arm, ...], comparison: Contrasts | None) -> str:
+def title_of(arms: tuple[Arm, ...], comparison: Contrasts | None) -> str:
+    """Whose leakage."""
     if comparison is None:
         return f"Leakage of {arms[0].report.model.name}"
     return f"Leakage: {comparison.headline.before} to {comparison.headline.after}"
 
 
-def _subtitle(arms: tuple[Arm, ...]) -> str:
+def subtitle_of(arms: tuple[Arm, ...]) -> str:
+    """What was read."""
     report = arms[0].report
     models = ", ".join(dict.fromkeys(arm.report.model.name for arm in arms))
     text = report.text

@@ -1,28 +1,32 @@
 """The style sheets and the script that stand inside a page, so that it is one file without network.
 
-PALETTE is the colours of light and dark, DRAWINGS the look of the SVGs, PAGE the rest.
+PALETTE is the colours of light and dark, DRAWINGS the look of the SVGs, PAGE the rest; PART and FIGURE are the same for
+what stands in a page of somebody else's, a notebook.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-PALETTE: Final = """
-:root {
-  color-scheme: light dark;
+LIGHT: Final = """
   --paper: #ffffff; --panel: #f6f7f9; --ink: #1b1f24; --soft: #5a6370; --rule: #d5dae1;
   --grid: #e4e7ec; --good: #1a6e3c; --bad: #a4291a;
   --arm0: #0063a6; --arm1: #c44e00; --arm2: #5f6670; --arm3: #00795a; --arm4: #a04a86;
-  --arm5: #876400;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
+  --arm5: #876400;"""
+DARK: Final = """
     --paper: #14171b; --panel: #1d2126; --ink: #e8ebef; --soft: #a5afbb; --rule: #39414b;
     --grid: #2b3139; --good: #6fd197; --bad: #ff9384;
     --arm0: #5cb8ff; --arm1: #ff9a52; --arm2: #b4bcc6; --arm3: #43d0a4; --arm4: #e59ad0;
-    --arm5: #e3c14f;
-  }
-}
+    --arm5: #e3c14f;"""
+
+PALETTE: Final = f"""
+:root {{
+  color-scheme: light dark;{LIGHT}
+}}
+@media (prefers-color-scheme: dark) {{
+  :root {{{DARK}
+  }}
+}}
 """
 
 DRAWINGS: Final = """
@@ -131,3 +135,33 @@ document.addEventListener("click", function (event) {
   if (title && output) { output.textContent = title.textContent; }
 });
 """
+
+_IS_DARK: Final = (
+    ':is([data-jp-theme-light="false"], .vscode-dark, .vscode-high-contrast, [data-theme="dark"], [theme="dark"])'
+)
+_IS_LIGHT: Final = ':is([data-jp-theme-light="true"], .vscode-light, [data-theme="light"], [theme="light"])'
+"""How JupyterLab, VS Code, documentation sites and Colab mark their pages; without one the reader's system decides."""
+
+
+def _within(rules: str) -> str:
+    """The rules for what stands in an element of class `ropemods`, and for nothing else.
+
+    The class is written three times so that a notebook's own rules for tables and text weigh less. No `&`: in an SVG
+    file a style sheet is XML.
+    """
+    own = ".ropemods.ropemods.ropemods"
+    dark = f"{{ color-scheme: dark;{DARK} .line.depth {{ stroke: var(--on-dark); }} }}"
+    light = f"{{ color-scheme: light;{LIGHT} .line.depth {{ stroke: var(--on-light); }} }}"
+    return (
+        f"{own} {{{LIGHT}{rules}{DRAWINGS.replace('svg ', '')}}}\n"
+        f"@media (prefers-color-scheme: dark) {{ {own} {dark} }}\n{_IS_DARK} {own} {dark}\n{_IS_LIGHT} {own} {light}\n"
+    )
+
+
+FIGURE: Final = _within("max-width: 100%; height: auto; .title { font-size: 12.5px; font-weight: 600; }")
+
+PART: Final = _within(
+    "background: var(--paper); color: var(--ink); padding: 0.6rem 0.9rem 0.9rem; border: 1px solid var(--rule);"
+    'font: 14px/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif;'
+    "tr { background: none; } table { margin: 0; border: none; }" + PAGE + ".lead { font-size: 1.05em; }"
+)

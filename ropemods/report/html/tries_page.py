@@ -31,21 +31,15 @@ def render_tries(tries: Tries) -> str:
         f"{text.sequences:,} sequences of {tries.protocol['length']} tokens ({count(text.tokens)}) from {text.source}; "
         f"protocol {tries.protocol_hash}."
     )
-    verdict = element(
-        "li",
-        minus(f"{_sentence(tries.reason)} {tries.remedy()}"),
-        class_="falls" if tries.chosen is not None else "rises",
-    )
-    basis = element("p", minus(tries.basis()), class_="soft")
     body = element(
         "body",
         element("h1", title),
         element("p", told, class_="soft"),
         element("nav", [element("a", name, href=f"#{anchor}") for anchor, name in _CONTENTS], aria_label="Contents"),
         _notes(tries),
-        section("what-follows", "What follows", element("ul", verdict, class_="lead")),
-        section("changes", "Changes", basis, grid(*_figures(tries), wide=True)),
-        section("table", "All that was measured", _table(tries), _refused(tries)),
+        section("what-follows", "What follows", verdict(tries)),
+        section("changes", "Changes", *changes(tries)),
+        section("table", "All that was measured", *measured(tries)),
         section(
             "recipe",
             "The recipe",
@@ -55,6 +49,22 @@ def render_tries(tries: Tries) -> str:
         element("script", trusted(SCRIPT)),
     )
     return join(trusted("<!doctype html>\n"), element("html", head(title), body, lang="en"), "\n")
+
+
+def verdict(tries: Tries) -> Markup:
+    """What follows from the figures."""
+    told = minus(f"{_sentence(tries.reason)} {tries.remedy()}")
+    return element("ul", element("li", told, class_="falls" if tries.chosen is not None else "rises"), class_="lead")
+
+
+def changes(tries: Tries) -> list[Markup]:
+    """What each modification does, drawn."""
+    return [element("p", minus(tries.basis()), class_="soft"), grid(*_figures(tries), wide=True)]
+
+
+def measured(tries: Tries) -> list[Markup | None]:
+    """The same as a table, and what was not tried."""
+    return [_table(tries), _refused(tries)]
 
 
 def _sentence(text: str) -> str:
@@ -75,7 +85,8 @@ def _figures(tries: Tries) -> Iterator[Markup]:
         if near:
             rows = [(each.name, _look(each, tries), _in_percent(change)) for each, change in near]
             drawing = dots(rows, title=caption, unit="% against the model itself", longest=26)
-            yield figure(caption, drawing, minus(f"Not drawn: {', '.join(far)}.") if far else None)
+            note = minus(f"Not drawn: {', '.join(far)}.") if far else None
+            yield figure(caption, drawing, note, name=HEAD[name])
 
 
 def _look(each: Try, tries: Tries) -> str:
