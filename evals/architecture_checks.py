@@ -14,12 +14,9 @@ from evals.architecture_subject import Check, Lacking, Refused, Subject, run
 
 CHECKS: dict[str, Check] = {
     "strength 0": mods.strength_zero,
-    "p-RoPE": mods.p_rope,
-    "temperature": mods.on_rows(mods.TEMPERATURE),
-    "replaced BOS": mods.replaced_bos,
-    "sink": mods.on_rows(mods.SINK),
-    "unrotated BOS": mods.on_rows(mods.UNROTATED),
-    "all mods": mods.on_rows(None),
+    **mods.BY_KIND,
+    "all mods": mods.together,
+    "rotation": mods.rotation,
     "cache": use.cached_decode,
     "left padding": use.left_padding,
     "gradients": use.gradients,

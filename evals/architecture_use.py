@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 import ropemods as rm
 from evals import tiny_configs, tiny_models
-from evals.architecture_mods import SINK, TRUNCATED
-from evals.architecture_subject import ROUNDING, Lacking, Refused, Subject, distance, run
-from ropemods.mods import Mod
+from evals.architecture_subject import ROUNDING, Lacking, Refused, Subject, distance, example, run
+from ropemods.mods import MODS
 
 PROMPT = 5
 
@@ -99,18 +98,20 @@ def _padding_error(model: PreTrainedModel) -> float:
 
 
 def gradients(subject: Subject) -> None:
-    """Every parameter of every modification that trains, in each of its forms that the model takes."""
-    temperature = rm.AdaptiveTemperature(trainable="head")
-    forms: list[list[Mod]] = [[rm.LearnedSink(init=0.3), temperature]]
-    if not subject.takes(forms[0][0]):
-        forms = [[rm.LearnedSink(init=0.3, read_bos=True), temperature]]
-    forms.append([rm.AdaptiveTemperature(trainable="shared")])
-    for mods in forms:
-        model, ids = subject.modified(mods), tiny_models.tokens()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    """Every parameter of every modification that trains, where the model takes it."""
+    subject.together()  # for the refusal of a model that takes none
+    for mod in map(example, MODS):
+        if not mod.has_parameters or not subject.takes(mod):
+            continue
+        model, ids = subject.modified([mod]), tiny_models.tokens()
+        try:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        except ValueError as refusal:  # what asks for a gradient is seen in training only, as of a mask that is learned
+            raise Refused(str(refusal)) from refusal
+        loss.backward()
         own = {name: p.grad for name, p in model.named_parameters() if "ropemods" in name}
         lacking = [n for n, g in own.items() if g is None or not g.isfinite().all() or g.abs().max() == 0]
-        assert own and not lacking, f"no gradient reaches {', '.join(lacking[:3])} of {', '.join(map(str, mods))}"
+        assert own and not lacking, f"no gradient reaches {', '.join(lacking[:3])} of {mod}"
 
 
 def training(subject: Subject) -> None:
@@ -172,7 +173,9 @@ def _stock_round_trip(subject: Subject) -> float:
 def stock_load(subject: Subject) -> None:
     """A stock load of a checkpoint is the model that was saved, or an error."""
     ids, together = tiny_models.tokens(), subject.together()
-    for mods, strength in ((together, 1.0), (TRUNCATED, 1.0), (SINK, 0.0)):
+    tables = [next(mod for mod in map(example, MODS) if mod.edits_frequencies)]
+    parameters = [next(mod for mod in map(example, MODS) if mod.has_parameters)]
+    for mods, strength in ((together, 1.0), (tables, 1.0), (parameters, 0.0)):
         try:
             model = subject.modified(mods, strength)
         except Refused:  # it has a check of its own
@@ -191,7 +194,7 @@ def stock_load(subject: Subject) -> None:
                 continue
         if not torch.equal(found, wanted):
             # A native spelling of a table may differ in its last bit, and so may what the stock model reloads.
-            bound = 1e-5 if mods is TRUNCATED else 2 * _stock_round_trip(subject)
+            bound = 1e-5 if mods is tables else 2 * _stock_round_trip(subject)
             assert distance(found, wanted) <= bound, (
                 f"a stock load at strength {strength} of {[mod.kind for mod in mods]} gives another model "
                 f"(off by {distance(found, wanted):.1e}) and no error"

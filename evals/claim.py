@@ -49,6 +49,8 @@ PROGRAMS = (
     "before_after",
     "dose",
     "harness",
+    "engines",
+    "llama_cpp",
 )
 """In the order of the page."""
 RESULTS = Path(__file__).parent / "results"

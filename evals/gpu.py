@@ -36,7 +36,7 @@ from evals import gpu_checks, gpu_page, gpu_steps
 from evals.claim import RESULTS, Cells
 from ropemods.attention import paths
 from ropemods.bench.bench_tables import between
-from ropemods.bench.cases import SUBJECTS, Shape
+from ropemods.bench.cases import Shape, subjects
 from ropemods.bench.grid import Plan, machine, survey
 from ropemods.settings.files import write_text
 from ropemods.settings.versions import versions_of
@@ -144,7 +144,7 @@ def _warmed(call: tuple[Shape, str, str]) -> None:
 
 
 def surveyed(shape: Shape, kind: str, path: str, device: str, pairs: int) -> list[dict[str, Any]]:
-    plan = Plan(shapes=(shape,), kinds=(kind,), paths=(path,), subjects=SUBJECTS, pairs=pairs, device=device)
+    plan = Plan(shapes=(shape,), kinds=(kind,), paths=(path,), subjects=subjects(), pairs=pairs, device=device)
     return [asdict(row) for row in survey(plan)]
 
 

@@ -20,7 +20,7 @@ from ropemods.attention.rows import Rows
 from ropemods.attention.terms import EntropyScale
 from ropemods.attention.triton import blocks
 from ropemods.attention.triton.blocks import Blocks
-from ropemods.bench.cases import SUBJECTS, Problem, Shape
+from ropemods.bench.cases import Problem, Shape, subjects
 from ropemods.mods.adaptive_temperature import PUBLISHED
 from ropemods.settings.files import write_text
 
@@ -77,7 +77,7 @@ def call(kernel: str, head_dim: int, dtype: str, length: int, heads: int) -> Cal
 
         return read
     plain = kernel == "attend"
-    subject = next(s for s in SUBJECTS if s.name == ("sink" if plain else "temperature"))
+    subject = next(s for s in subjects() if s.name == ("sink" if plain else "temperature"))
     return problem.modified(subject, "triton")
 
 

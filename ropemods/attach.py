@@ -48,6 +48,7 @@ from ropemods.model.attention_layers import (
     head_dim_of,
     key_dim_of,
     site_of,
+    width_of,
 )
 from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods import Mod
@@ -250,8 +251,7 @@ def _layer_stage(mod: Mod, layer: nn.Module, count: int) -> Stage | None:
     assert site is not None
     if not mod.selects(site.layer, count):
         return None
-    hidden: int = layer.config.hidden_size  # type: ignore[union-attr, assignment]
-    return mod.stage(Site(site.layer, site.heads, head_dim_of(layer), hidden, key_dim_of(layer)))
+    return mod.stage(Site(site.layer, site.heads, head_dim_of(layer), width_of(layer), key_dim_of(layer)))
 
 
 def _placed(stages: Stages, beside: nn.Module, dtype: torch.dtype) -> Stages:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropemods.attach import attach, finish, put_on, refresh
-from ropemods.model import adapters, config_record, folded_embedding, gguf, native_rope, unchanged
-from ropemods.model.anatomy import survey
-from ropemods.model.partition import gathered
+from ropemods.model import adapters, config_record, folded_embedding, gguf, gguf_export, native_rope, unchanged
+from ropemods.model.anatomy import anatomy_of, survey
+from ropemods.model.partition import gathered, home, without_memory_for_parameters
+from ropemods.model.short_pass import quietly
 from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods.base import Stage
 
@@ -230,8 +231,21 @@ def _base(path: str | os.PathLike[str], gguf_file: str | None, hf_kwargs: dict[s
     return AutoModelForCausalLM.from_pretrained(path, **hf_kwargs)
 
 
-def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a stock checkpoint that any engine runs as this model, or say which modification stands in the way."""
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    rope: Literal["native", "longrope"] = "native",
+    gguf: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a stock checkpoint of this model, or say which modification stands in the way.
+
+    Changed frequencies are written in transformers' own words for them where it has some, and otherwise, or with
+    `rope="longrope"`, as a list of factors, which more engines read.
+
+    With `gguf`, a GGUF file of the model before it was modified or tuned, `path` is a GGUF file for llama.cpp instead,
+    with that one's metadata, tokenizer and types.
+    """
     if uncompiled(model) is not base_model(model):
         raise ValueError("this is a PEFT model; merge the adapter first: model = model.merge_and_unload()")
     inner = base_model(model)
@@ -241,31 +255,53 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     unchanged.check(inner)
     if any(parameter.is_meta for parameter in inner.parameters()):
         raise ValueError("parts of this model are offloaded; load it whole (without device_map) to export it")
+    if gguf is not None and rope != "native":
+        raise ValueError(f"rope={rope!r} is how a checkpoint says it, and a GGUF has a way of its own; leave one out")
     active = [mod for mod in attached.mods if attached.strength[mod.kind] > 0]
-    for mod in active:
-        reason = mod.export_obstacle()
-        if reason is not None:
-            raise ValueError(f"{mod} cannot be written into a stock checkpoint: {reason}")
+    target = "a stock checkpoint" if gguf is None else "a GGUF"
     config = copy.deepcopy(inner.config)
     del config.ropemods
     text = config.get_text_config(decoder=True)
-    text.rope_parameters = copy.deepcopy(attached.rope_parameters)
+    in_config = False
+    for mod in active:
+        whole = attached.strength[mod.kind] == 1 and gguf is None
+        if whole and (entries := mod.stock_entries(text, len(anatomy_of(inner).layers))):
+            in_config = True
+            for name, value in entries.items():
+                setattr(text, name, value)
+        elif (reason := mod.export_obstacle()) is not None:
+            raise ValueError(f"{mod} cannot be written into {target}: {reason}")
+    text.rope_parameters = stock_rope = copy.deepcopy(attached.rope_parameters)
+    factors = None
     if edits := config_record.edits_of(active, attached.strength):
-        expressed = native_rope.expressed(inner, edits, attached.rope_parameters)
+        expressed: Any
+        if gguf is None:
+            expressed = native_rope.expressed(inner, edits, stock_rope, spelled_out=rope == "longrope")
+        else:
+            expressed = gguf_export.frequency_factors(inner, edits, stock_rope)
         if isinstance(expressed, str):
             names = " and ".join(str(mod) for mod, _ in edits)
-            raise ValueError(f"{names} cannot be written into a stock checkpoint: {expressed}")
-        text.rope_parameters = expressed
+            raise ValueError(f"{names} cannot be written into {target}: {expressed}")
+        if gguf is None:
+            text.rope_parameters = expressed
+        else:
+            factors = expressed
     with gathered(inner):
         state = {k: v for k, v in inner.state_dict().items() if ".ropemods." not in f".{k}"}
         config = folded_embedding.fold_embedding(inner, state, config)
-        _write(inner, config, state, Path(path))
+        if gguf is None:
+            shell = _stock(inner, config, state)
+            if in_config:
+                _check_alike(inner, shell, config)
+            shell.save_pretrained(path)
+        else:
+            gguf_export.write(Path(path), Path(gguf), state, config, factors)
 
 
-def _write(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor], path: Path) -> None:
-    """Save `state` under `config`, through a model without memory of its own, by transformers' own save_pretrained."""
+def _stock(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
+    """The stock model of `config` that holds the tensors of `state` themselves, to be saved by its own means."""
     config._attn_implementation_internal = None
-    with torch.device("meta"):
+    with without_memory_for_parameters():
         shell = type(model)(config)
     report = shell.load_state_dict(state, strict=False, assign=True)
     if report.unexpected_keys:
@@ -275,4 +311,25 @@ def _write(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Te
     if lacking:
         raise RuntimeError(f"the model in memory has no {lacking[:4]}, which its stock architecture wants")
     shell.generation_config = model.generation_config
-    shell.save_pretrained(path)
+    return shell
+
+
+def _check_alike(model: PreTrainedModel, shell: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """That the stock model is the modified one, where a sequence begins and far out."""
+    shell.to(home(model)).eval()
+    text = config.get_text_config(decoder=True)
+    ids = torch.arange(8, device=home(model))[None] % text.vocab_size
+    if text.bos_token_id is not None:
+        ids[:, 0] = text.bos_token_id
+    for first in (0, 4 * (text.max_position_embeddings or 1 << 18)):
+        positions = torch.arange(first, first + 8, device=ids.device)[None]
+        with quietly(model):
+            ours, theirs = (
+                each(ids, position_ids=positions, use_cache=False).logits.float() for each in (model, shell)
+            )
+        change = ((ours - theirs).norm() / ours.norm()).item()
+        if change > 1e-3:
+            raise ValueError(
+                f"a stock {type(shell).__name__} with these entries in its config does more than this model at "
+                f"positions from {first} on (its logits differ by {change:.1%}), so it is not exported"
+            )

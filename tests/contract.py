@@ -21,9 +21,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import ropemods as rm
+from evals import naive_attention
 from ropemods.model.attention_layers import attention_layers
 from ropemods.mods import Mod
-from tests import oracle, zoo
+from ropemods.mods.probe import rows_with
+from tests import zoo
 from tests.sample import sampled
 
 FEW = ("llama", "gemma3_text", "gpt_neox")
@@ -193,7 +195,7 @@ class ModContract:
             ids[0, :2], ids[0, 2], bos[0] = 0, zoo.BOS, 2
             inputs["attention_mask"] = (ids != 0).long()
         real = torch.ones_like(ids, dtype=torch.bool) if not inputs else inputs["attention_mask"].bool()
-        with oracle.recorded(model) as calls, torch.no_grad():
+        with naive_attention.recorded(model) as calls, torch.no_grad():
             model(ids, use_cache=False, **inputs)
         layers = [layer for _, layer in attention_layers(model)]
         for call in calls:
@@ -204,7 +206,7 @@ class ModContract:
             wide = [t.detach().double().requires_grad_() for t in (call.query, call.key, call.value)]
             stages = getattr(call.module, "ropemods", torch.nn.Module())
             exact = copy.deepcopy(stages).double()  # or rows would be summed into their gradients in fp32, one by one
-            wanted = oracle.recompute(
+            wanted = naive_attention.recompute(
                 call, *wide, backend=pair[1], bos_BT=bos, rotary=table, own=exact if list(exact.children()) else None
             )
             close(call.output.double() * real[..., None, None], wanted * real[..., None, None], 2e-5)
@@ -353,7 +355,8 @@ class ModContract:
         """
         model = self.model(pair, variant).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        cornered = any(mod.kind == "adaptive_temperature" for mod in self.variants[variant])
+        rule = rows_with(self.variants[variant], head_dim=8, dtype=torch.float32).entropy_scale
+        cornered = rule is not None and rule.cornered
         for layout in layouts():
             logits, grads = stock_autocast_errors(pair, layout, dtype)
             own_logits, own_grads = autocast_errors(model, layouts()[layout], dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
@@ -37,8 +38,10 @@ def write(
     scaling: dict[str, Any] | None = None,
     rope_freqs: list[float] | None = None,
     leave_out: str | None = None,
+    packed: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
 ) -> Path:
-    """`model`, a Llama, as a GGUF file in float32; with a byte-level BPE `tokenizer` if one is given."""
+    """`model`, a Llama, as a GGUF file in float32, but for the tensors in `packed`; with a byte-level BPE `tokenizer`
+    if one is given."""
     config: LlamaConfig = model.config
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -62,7 +65,8 @@ def write(
     for name, weight in model.state_dict().items():
         if (name == "lm_head.weight" and config.tie_word_embeddings) or name == leave_out:
             continue
-        writer.add_tensor(_name(name), _paired(name, weight.float(), config).numpy())
+        data, kind = (packed or {}).get(_name(name), (_paired(name, weight.float(), config).numpy(), None))
+        writer.add_tensor(_name(name), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -54,17 +54,33 @@ def test_a_new_architecture_needs_no_change_here(backend: str) -> None:
 @pytest.mark.parametrize(
     ("check", "damage"),
     [
-        ("p-RoPE", "ropemods.mods.truncated_rope.TruncatedRoPE.frequencies"),
-        ("temperature", "ropemods.mods.adaptive_temperature.TemperatureStage.forward"),
-        ("sink", "ropemods.mods.learned_sink.LearnedSinkStage.forward"),
-        ("unrotated BOS", "ropemods.mods.unrotated_bos.UnrotatedBosStage.forward"),
-        ("replaced BOS", "ropemods.mods.replaced_bos.ReplacedBosStage.forward"),
+        ("truncated rope", "ropemods.mods.truncated_rope.TruncatedRoPE.frequencies"),
+        ("adaptive temperature", "ropemods.mods.adaptive_temperature.TemperatureStage.forward"),
+        ("learned sink", "ropemods.mods.learned_sink.LearnedSinkStage.forward"),
+        ("unrotated bos", "ropemods.mods.unrotated_bos.UnrotatedBosStage.forward"),
+        ("replaced bos", "ropemods.mods.replaced_bos.ReplacedBosStage.forward"),
     ],
 )
 def test_a_modification_that_does_nothing_fails_its_check(check: str, damage: str, monkeypatch) -> None:
     monkeypatch.setattr(damage, lambda self, value, *context: value)
     found = outcome(CHECKS[check], Subject(tiny_models.config_of("llama")))
     assert found["outcome"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("mimo_v2_flash", "keyed sink"),  # its keys are wider than its values
+        ("zamba2", "output gate"),  # its attention is given twice the model's width
+    ],
+)
+def test_widths_are_the_layer_s_own(kind: str, check: str) -> None:
+    assert outcome(CHECKS[check], Subject(tiny_models.config_of(kind)))["outcome"] == "pass"
+
+
+def test_a_factor_by_offset_is_refused_where_keys_are_not_the_tokens() -> None:
+    found = outcome(CHECKS["scale invariant"], Subject(tiny_models.config_of("deepseek_v4")))
+    assert found["outcome"] == "refused" and "how far back a key stands is not known" in found["reason"]
 
 
 def test_layer_0_that_knows_its_position_is_noticed(monkeypatch) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ropemods.mods import MODS
+
 PACKAGE = Path(__file__).resolve().parents[1] / "ropemods"
 
 ABOVE = ("cli", "training", "bench")
@@ -95,3 +97,30 @@ def test_attention_knows_nothing_of_transformers() -> None:
         if room(module) == "attention":
             names = [name for node in ast.walk(ast.parse(path.read_text())) for name in named(node)]
             assert not [name for name in names if name.partition(".")[0] == "transformers"], module
+
+
+COMPOSING = ("architecture_checks", "architecture_mods", "architecture_subject", "architecture_use", "naive_attention")
+"""Programs of evals/ that are about every modification, not about some."""
+ABOUT_SOME = {
+    "ropemods": "the public names",
+    "ropemods.leakage.suggestion": "it proposes a cut of frequencies and the logits of a sink, in their words",
+}
+
+
+def test_nothing_outside_the_modifications_knows_one_by_name() -> None:
+    """Neither its class nor its kind, in code; words for people may name one as an example."""
+    known = {mod.__name__ for mod in MODS} | {mod.kind for mod in MODS}
+    files = {name: path for name, path in MODULES.items() if room(name) != "mods" and name not in ABOUT_SOME}
+    files |= {name: PACKAGE.parent / "evals" / f"{name}.py" for name in COMPOSING}
+    files |= {"contract": PACKAGE.parent / "tests" / "contract.py"}
+    wrong = []
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            words = {
+                ast.Name: lambda node: [node.id],
+                ast.Attribute: lambda node: [node.attr],
+                ast.Constant: lambda node: [node.value],
+                ast.ImportFrom: lambda node: [alias.name for alias in node.names],
+            }.get(type(node), lambda node: [])(node)
+            wrong += [f"{name}: {word}" for word in words if word in known]
+    assert not wrong

@@ -1,6 +1,6 @@
 """What is measured: an attention call with each modification that acts on one, and stock attention to hold it against.
 
-TruncatedRoPE and ReplacedBos are not here. They change a table and an embedding row; the attention call is stock's.
+What changes a table or an embedding row is not here: the attention call is stock's.
 
 Floors are in the matrix products of one causal call: stock attention has 2 forward and 5 backward. What each path has
 beside them, or in their place, is written at `PRODUCTS`. In decoding, what counts is how often keys and values are
@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropemods import clock
-from ropemods.attention import eager, paths, sdpa
+from ropemods.attention import capabilities, eager, paths, sdpa
 from ropemods.attention.rows import Rows
-from ropemods.mods import AdaptiveTemperature, LearnedSink, Mod, UnrotatedBos
-from ropemods.mods.base import Call, Layout, Site
+from ropemods.mods import Mod, kinds
+from ropemods.mods.base import Call, Layout, Site, Stage
+from ropemods.mods.probe import rows_with
 
 KINDS = ("forward", "training", "decode")
 """`training` is forward and backward; `decode` is one query that reads a cache."""
@@ -63,18 +64,15 @@ class Subject:
         return (forward + (path == "triton" and self.entropy) + backward) / sum(STOCK_PRODUCTS)
 
 
-SUBJECTS = (
-    Subject(name="stock again", mods=()),
-    Subject(name="temperature", mods=(AdaptiveTemperature(),), entropy=True),
-    Subject(name="sink", mods=(LearnedSink(init=0.0, read_bos=True),)),
-    Subject(name="sink, BOS closed", mods=(LearnedSink(init=0.0),)),
-    Subject(name="unrotated BOS", mods=(UnrotatedBos(),)),
-    Subject(
-        name="temperature, sink, BOS closed",
-        mods=(AdaptiveTemperature(spare_bos=True), LearnedSink(init=0.0)),
-        entropy=True,
-    ),
-)
+def subjects() -> tuple[Subject, ...]:
+    """Stock attention against itself, and every modification that is known and acts on an attention call."""
+    found = [Subject(name="stock again", mods=())]
+    for kind in kinds().values():
+        for name, mods in kind.timed().items():
+            terms = rows_with(mods, head_dim=8, dtype=torch.float32).names()
+            if terms:
+                found.append(Subject(name=name, mods=mods, entropy="EntropyScale" in terms))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +119,7 @@ class Problem:
             bos_column_BN=torch.zeros(1, 1, dtype=torch.long, device=device),
             bos_distance_BT=torch.arange(shape.length, device=device)[None, -queries:],
             bos_is_self_BT=(torch.arange(shape.length, device=device) == 0)[None, -queries:],
+            position_BT=torch.arange(shape.length, device=device)[None, -queries:],
             inv_freq_F=torch.logspace(0, -4, frequencies, device=device),
             layout=Layout(interleaved=False, start=0),
         )
@@ -156,22 +155,33 @@ class Problem:
             enable_gqa=self.q.shape[1] != self.k.shape[1],
         )
 
+    def takes(self, subject: Subject, path: str) -> bool:
+        """Whether the path can compute it; stock attention has no eager form here."""
+        if not subject.mods:
+            return path != "eager"
+        return capabilities.limit(path, self._rows(self._stages(subject)), self.q.device.type) is None
+
+    def _stages(self, subject: Subject) -> list[Stage]:
+        stages = [stage for mod in subject.mods if (stage := mod.stage(self.site)) is not None]
+        for stage in stages:
+            stage.to(self.q.device).set_strength(1.0)
+        return stages
+
+    def _rows(self, stages: list[Stage]) -> Rows:
+        rows = Rows(self.q, self.k, self.v, mask=None, causal=self.kind != "decode", scale=self.scale)
+        for stage in stages:
+            rows = stage(rows, self.call)
+        return rows
+
     def modified(self, subject: Subject, path: str) -> Callable[[], None]:
         if not subject.mods:
             return self.stock()
-        stages = [mod.stage(self.site) for mod in subject.mods]
-        parameters = []
-        for stage in stages:
-            assert stage is not None
-            stage.to(self.q.device).set_strength(1.0)
-            parameters += list(stage.parameters())
+        stages = self._stages(subject)
+        parameters = [parameter for stage in stages for parameter in stage.parameters()]
         backend = eager if path == "eager" else sdpa
 
         def attend() -> Tensor:
-            rows = Rows(self.q, self.k, self.v, mask=None, causal=self.kind != "decode", scale=self.scale)
-            for stage in stages:
-                assert stage is not None
-                rows = stage(rows, self.call)
+            rows = self._rows(stages)
             with contextlib.nullcontext() if path == "eager" else paths.using(path):
                 return backend.attend(rows)[0]
 

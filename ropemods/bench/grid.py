@@ -14,7 +14,7 @@ import transformers
 import ropemods
 from ropemods import clock
 from ropemods.attention import paths
-from ropemods.bench.cases import KINDS, PATHS, SUBJECTS, Problem, Shape, Subject
+from ropemods.bench.cases import KINDS, PATHS, Problem, Shape, Subject, subjects
 from ropemods.settings.json_records import decode
 
 
@@ -27,7 +27,7 @@ class Plan:
     """Those of decoding, which has the heads of a whole model; `shapes` where there are none."""
     kinds: tuple[str, ...] = KINDS
     paths: tuple[str, ...] = (paths.DEFAULT,)
-    subjects: tuple[Subject, ...] = SUBJECTS
+    subjects: tuple[Subject, ...] = dataclasses.field(default_factory=subjects)
     pairs: int = 7
     device: str = "cpu"
     longest_eager: int = 2048
@@ -76,7 +76,7 @@ def survey(plan: Plan, told: Callable[[Row], None] = lambda row: None) -> list[R
         stock = problem.stock()
         stock_bytes = clock.peak_bytes(stock, plan.device)
         for path, subject in itertools.product(plan.paths, plan.subjects):
-            if path == "eager" and (shape.length > plan.longest_eager or not subject.mods):
+            if not problem.takes(subject, path) or (path == "eager" and shape.length > plan.longest_eager):
                 continue
             call = problem.modified(subject, path)
             row = Row(

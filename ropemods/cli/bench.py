@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Options:
     """Time the modifications against stock attention. Each is measured on one attention call, in turn with
     `scaled_dot_product_attention` on the same inputs, and printed as a ratio beside its floor: the least that the
-    mathematics allows. TruncatedRoPE and ReplacedBos leave the attention call alone and cost nothing.
+    mathematics allows. What changes rotary tables or embeddings leaves the attention call alone and costs nothing.
     """
 
     output: str | None = option(

@@ -1,4 +1,4 @@
-"""Write a folder whole, or leave what was there.
+"""Write a folder or a file whole, or leave what was there.
 
 Everything goes to a temporary sibling, which is renamed when it is complete. A run that fails or is interrupted leaves
 nothing behind, and one for which there is no room on the disk does not begin to write.
@@ -31,6 +31,35 @@ def new_folder(output: str, *, source: str, overwrite: bool) -> Iterator[Path]:
         raise OSError(f"OUTPUT {target} could not be written ({error}); nothing of it is left") from error
     finally:
         shutil.rmtree(filling, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(output: str, *, like: str, overwrite: bool) -> Iterator[Path]:
+    """The same for a file, of the format of `like`, from which it is made: their first four bytes say what they are."""
+    target, source = Path(output).expanduser().resolve(), Path(like).expanduser().resolve()
+    if target == source:
+        raise ValueError(f"OUTPUT {target} is what is read; write to another file")
+    if target.is_dir():
+        raise ValueError(f"OUTPUT {target} is a folder; give a file")
+    if target.exists():
+        if not overwrite:
+            raise ValueError(f"OUTPUT {target} exists; choose another file, or replace it with --overwrite")
+        if _magic(target) != _magic(source):
+            raise ValueError(
+                f"OUTPUT {target} is a file of another format than {source}; --overwrite does not replace it"
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    filling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield filling
+        os.replace(filling, target)
+    finally:
+        filling.unlink(missing_ok=True)
+
+
+def _magic(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read(4)
 
 
 def check_room(folder: Path, output: str, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 import ropemods
 from ropemods.attach import attach
 from ropemods.model import adapters, config_record, gguf
+from ropemods.model.partition import without_memory_for_parameters
 from ropemods.mods import Mod
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -108,23 +109,8 @@ def _check_fit(config: PreTrainedConfig, mods: list[Mod], trust_remote_code: boo
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **chosen: str) -> PreTrainedModel:
     """The model without memory for its parameters, but with its rotary tables."""
-    with _parameters_without_memory():
+    with without_memory_for_parameters():
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **chosen)
-
-
-@contextlib.contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Put every parameter on the meta device as soon as a module owns it; buffers are left as they are made."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, param: Tensor | None) -> None:
-        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
-
-    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def modified_model(name: str, *, dtype: str, trust_remote_code: bool) -> nn.Module:

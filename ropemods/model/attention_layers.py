@@ -134,13 +134,23 @@ def head_dim_of(layer: nn.Module) -> int:
         if isinstance(getattr(layer, name, None), int):
             return getattr(layer, name)
     config = layer.config
-    return getattr(config, "head_dim", None) or config.hidden_size // heads_of(layer)  # type: ignore[union-attr]
+    own = getattr(config, "value_dim", None) or getattr(config, "head_dim", None)
+    return own or config.hidden_size // heads_of(layer)  # type: ignore[union-attr]
 
 
 def key_dim_of(layer: nn.Module) -> int:
-    """Channels of a head's query and key."""
-    own = getattr(layer, "qk_head_dim", None)
-    return own if isinstance(own, int) else head_dim_of(layer)
+    """Channels of a head's query and key, which may be other than those of its value."""
+    for holder, name in ((layer, "qk_head_dim"), (layer, "head_dim"), (layer.config, "head_dim")):
+        if isinstance(getattr(holder, name, None), int):
+            return getattr(holder, name)
+    return head_dim_of(layer)
+
+
+def width_of(layer: nn.Module) -> int:
+    """Channels of what the layer is given: some are handed more than the model's hidden state."""
+    widths = (getattr(module, "in_features", None) for module in layer.modules())
+    own = next((width for width in widths if isinstance(width, int)), None)
+    return layer.config.hidden_size if own is None else own  # type: ignore[union-attr, return-value]
 
 
 HIDDEN = "ropemods_hidden"

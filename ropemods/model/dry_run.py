@@ -24,7 +24,7 @@ from ropemods.attention import capabilities, eager, paths
 from ropemods.attention.rows import Rows, shown
 from ropemods.model import attention_function, rope_tables
 from ropemods.model.anatomy import Anatomy, anatomy_of
-from ropemods.model.attention_layers import HIDDEN, Stages
+from ropemods.model.attention_layers import HIDDEN, Stages, head_dim_of, key_dim_of
 from ropemods.model.model_inputs import BOS, SHARED, carry
 from ropemods.model.partition import gathered_in_turn, home
 from ropemods.model.rope_tables import Table
@@ -192,6 +192,11 @@ def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dic
                     "would undo the first; leave one out, or give each layers= of its own"
                 )
             setters[name] = kind
+    if (rows.offset_bias is not None or rows.key_bias is not None) and asked.key.shape[2] != asked.query.shape[2]:
+        raise ValueError(
+            f"{' and '.join(site.kinds)}: {type(module).__name__} attends to {asked.key.shape[2]} keys when the model "
+            f"has read {asked.query.shape[2]} tokens, so how far back a key stands is not known"
+        )
     if asked.backend == "sdpa":
         in_training = rows._replace(dropout=site.dropout)
         path = paths.chosen(rows.q_BHTD.device)
@@ -215,6 +220,12 @@ def _check_call(attached: Any, module: nn.Module, asked: attention_function.Aske
         raise ValueError(
             f"{name} has {asked.query.shape[1]} heads, and {module.ropemods_site.heads} were found in its attributes "
             "and config; it cannot be given parameters for each head"
+        )
+    taken, found = (key_dim_of(module), head_dim_of(module)), (asked.key.shape[3], asked.value.shape[3])
+    if taken != found:
+        raise ValueError(
+            f"{name} hands over keys of {found[0]} channels and values of {found[1]}, and its attributes and config "
+            f"say {taken[0]} and {taken[1]}; it cannot be given parameters of their size"
         )
     if asked.backend == "sdpa" and asked.options.get("softcap") is not None:
         raise ValueError(

@@ -65,7 +65,7 @@ def load_config(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Pre
 
 def load_tokenizer(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Any:
     """The tokenizer in the file; None where it holds none."""
-    said, _ = _header(_file(path, gguf_file, hub))
+    said, _ = header(_file(path, gguf_file, hub))
     if TOKENS not in said:
         return None
     with reading(path, gguf_file, **hub):
@@ -110,7 +110,7 @@ def _beside(folder: Path) -> list[str]:
 def reading(path: str | os.PathLike[str], gguf_file: str, **hub: Any) -> Iterator[None]:
     """Say of which file, and of which architecture, transformers could not make a model."""
     file = _file(path, gguf_file, hub)
-    architecture = _header(file)[0]["general.architecture"]
+    architecture = header(file)[0]["general.architecture"]
     try:
         yield
     except Exception as error:  # its readers raise a different class for each thing that they do not know
@@ -146,7 +146,7 @@ def _file(path: str | os.PathLike[str], gguf_file: str, hub: dict[str, Any]) -> 
     return folder / gguf_file
 
 
-def _header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The file's metadata (of long lists only that they are there) and the names of its tensors."""
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
@@ -156,12 +156,17 @@ def _header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise ValueError(f"{file} is no GGUF file, or one that is damaged: {error or type(error).__name__}") from error
 
 
+def scaling_of(metadata: dict[str, Any]) -> str | None:
+    """What in a file's metadata scales the rotary frequencies."""
+    found = ((k, v) for k, v in metadata.items() if k.endswith(SCALING_KEYS) and v not in (0, 1))
+    return next((f"{key} is {value:g}" for key, value in found), None)
+
+
 def _scaling(file: Path) -> str | None:
     """What in the file scales the rotary frequencies."""
-    metadata, tensors = _header(file)
-    for key, value in metadata.items():
-        if key.endswith(SCALING_KEYS) and value not in (0, 1):
-            return f"{key} is {value:g}"
+    metadata, tensors = header(file)
+    if (said := scaling_of(metadata)) is not None:
+        return said
     if not set(tensors) & set(SCALING_TENSORS):
         return None
     from gguf import GGUFReader

@@ -29,13 +29,15 @@ def native_parameters(model: PreTrainedModel, edits: Edits, stock: dict[str, Any
     return proposals if all(parts(model, proposals)) else None
 
 
-def expressed(model: PreTrainedModel, edits: Edits, stock: dict[str, Any]) -> dict[str, Any] | str:
+def expressed(
+    model: PreTrainedModel, edits: Edits, stock: dict[str, Any], spelled_out: bool = False
+) -> dict[str, Any] | str:
     """Stock rope parameters for the edited frequencies, or why there are none.
 
-    Where no type has a word for them, longrope's factors per band can spell out any fixed table: factor_k is the stock
-    frequency over the wanted one.
+    Where no type has a word for them, or they are to be `spelled_out`, longrope's factors per band can say any fixed
+    table: factor_k is the stock frequency over the wanted one.
     """
-    native = native_parameters(model, edits, stock)
+    native = None if spelled_out else native_parameters(model, edits, stock)
     if native is not None:
         return native
     if _many_of_a_type(model):
@@ -61,13 +63,16 @@ def _spelled_out(model: PreTrainedModel, part: dict[str, Any], table: Table, edi
     count = len(wanted["inv_freq"])
     base = part["rope_theta"]
     power = base ** (torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / (2 * count))
+    scaling = float(getattr(table.module, f"{table.prefix}attention_scaling"))
     proposal = {
         "rope_type": "longrope",
         "rope_theta": base,
-        "attention_factor": float(getattr(table.module, f"{table.prefix}attention_scaling")),
+        "attention_factor": scaling,
         "original_max_position_embeddings": config.max_position_embeddings,
         "factor": 1.0,
     }
+    if scaling != 1:  # the names under which vLLM and SGLang look for it
+        proposal |= {"short_mscale": scaling, "long_mscale": scaling}
     if "partial_rotary_factor" in part:
         proposal["partial_rotary_factor"] = part["partial_rotary_factor"]
     for key, name in (("short_factor", "inv_freq"), ("long_factor", "long_inv_freq")):

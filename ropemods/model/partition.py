@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -106,3 +106,18 @@ def without_memory(model: nn.Module) -> list[str]:
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta and not _hooks(module)
     ]
+
+
+@contextlib.contextmanager
+def without_memory_for_parameters() -> Iterator[None]:
+    """Put every parameter on the meta device as soon as a module owns it; buffers are left as they are made."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: Tensor | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

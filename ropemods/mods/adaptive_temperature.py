@@ -76,6 +76,10 @@ class AdaptiveTemperature(Mod):
             )
 
     @classmethod
+    def timed(cls) -> dict[str, tuple[Mod, ...]]:
+        return {"temperature": (cls(),)}
+
+    @classmethod
     def worth_trying(cls) -> tuple[Mod, ...]:
         return cls(), cls(spare_bos=True)
 

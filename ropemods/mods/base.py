@@ -209,6 +209,15 @@ class Mod:
         except (TypeError, ValueError):
             return ()
 
+    @classmethod
+    def timed(cls) -> dict[str, tuple[Mod, ...]]:
+        """Settings that `ropemods bench` times, by the name they go under there; the first that is worth trying, or the
+        defaults. It leaves out what does not act on an attention call."""
+        try:
+            return {cls.kind.replace("_", " ").replace("bos", "BOS"): cls.worth_trying()[:1] or (cls(),)}
+        except (TypeError, ValueError):
+            return {}
+
     @property
     def needs_layout(self) -> bool:
         """Whether the stage rotates queries itself and so must know how the model pairs channels."""
@@ -242,6 +251,11 @@ class Mod:
         if self.for_some_layers:
             return "it acts on some layers only, and a stock config has one set of frequencies for all"
         return None
+
+    def stock_entries(self, config: Any, layer_count: int) -> dict[str, Any]:
+        """Entries of a stock config by which a stock model does the same at strength 1; none where there are none. What
+        they give is compared with this model before it is written."""
+        return {}
 
     @property
     def for_some_layers(self) -> bool:

@@ -14,7 +14,7 @@ Strength 0 is RoPE. Nothing trains. What a model's scaling multiplies every tabl
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,13 @@ class DroppedRoPE(Mod):
 
     def selects(self, layer: int, layer_count: int) -> bool:
         return super().selects(layer, layer_count) and (layer + 1) % (self.every or 1) == 0
+
+    def stock_entries(self, config: Any, layer_count: int) -> dict[str, Any]:
+        rotated = getattr(config, "no_rope_layers", None)  # despite its name, 1 where a layer rotates
+        if not isinstance(rotated, list) or not self.for_some_layers:
+            return {}
+        chosen = self.acts_on(layer_count)
+        return {"no_rope_layers": [0 if n in chosen else int(one) for n, one in enumerate(rotated)]}
 
     def frequencies(self, inv_freq_F: Tensor, alpha: float) -> Tensor:
         return inv_freq_F * (1 - alpha)

@@ -29,6 +29,7 @@ from ropemods.attention import eager
 from ropemods.attention.plain_row import PlainRow
 from ropemods.attention.rows import Rows, wide
 from ropemods.attention.terms import Slot
+from ropemods.mods.adaptive_temperature import AdaptiveTemperature
 from ropemods.mods.base import Call, Mod, Site, Stage
 from ropemods.mods.bos_column import bos_closed, with_bos_column
 
@@ -59,6 +60,15 @@ class LearnedSink(Mod):
     @property
     def calibrates(self) -> bool:
         return self.init == "calibrated"
+
+    @classmethod
+    def timed(cls) -> dict[str, tuple[Mod, ...]]:
+        closed, temperature = cls(init=0.0), AdaptiveTemperature(spare_bos=True)
+        return {
+            "sink": (cls(init=0.0, read_bos=True),),
+            "sink, BOS closed": (closed,),
+            "temperature, sink, BOS closed": (temperature, closed),
+        }
 
     @classmethod
     def worth_trying(cls) -> tuple[Mod, ...]:

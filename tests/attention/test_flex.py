@@ -19,6 +19,12 @@ CASE = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _traced_anew() -> None:
+    """Uncompiled it traces all the same, and trips over what it kept of score functions that are gone."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     "change",
     [

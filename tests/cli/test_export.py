@@ -39,3 +39,17 @@ def test_apply_does_not_start_from_an_adapter(
     here: Path, adapter: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "adapter is an adapter; merge it into its base" in refused("apply adapter out --mods learned_sink", capsys)
+
+
+def test_export_says_where_its_rope_type_is_misread_and_writes_one_that_is_not(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("apply model out --mods truncated_rope:keep=0.5")
+    run("export out stock")
+    assert "SGLang" in capsys.readouterr().out
+    run("export out factors --rope longrope")
+    assert "SGLang" not in capsys.readouterr().out
+    stock, factors = AutoModelForCausalLM.from_pretrained("stock"), AutoModelForCausalLM.from_pretrained("factors")
+    kinds = [model.config.rope_parameters["rope_type"] for model in (stock, factors)]
+    assert kinds == ["proportional", "longrope"]
+    assert torch.equal(logits(stock), logits(factors))

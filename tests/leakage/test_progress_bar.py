@@ -23,11 +23,10 @@ def test_a_bar_is_written_to_a_terminal_only(terminal: bool, shown: bool) -> Non
         termios.tcsetwinsize(its, (24, 80))
     code = ASK.replace("SHOWN", str(shown))
     done = subprocess.run([sys.executable, "-c", code], stderr=its, stdout=subprocess.PIPE, check=True)
-    os.write(its, b"end")
-    read = b""
-    while not read.endswith(b"end"):
-        read += os.read(ours, 10_000)
-    said = read.decode()
+    os.write(its, b"end")  # so that there is something to read
+    said = ""
+    while not said.endswith("end"):  # a terminal hands over what it has, not all of it
+        said += os.read(ours, 10_000).decode()
     os.close(its)
     os.close(ours)
     assert not done.stdout

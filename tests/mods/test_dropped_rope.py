@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import ropemods as rm
+from evals import tiny_models
 from ropemods.mods import DroppedRoPE
 from tests import zoo
 from tests.contract import ModContract, close
@@ -47,3 +49,30 @@ def test_all_layers_are_p_rope_that_keeps_nothing(tmp_path) -> None:
 def test_what_makes_no_sense_is_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="every"):
         DroppedRoPE(**options)
+
+
+def test_some_layers_are_exported_where_the_config_has_a_word_for_them(tmp_path) -> None:
+    config = tiny_models.config_of("smollm3")
+    config.no_rope_layers = [1] * config.num_hidden_layers
+    stock, ids = tiny_models.from_config(config), zoo.tokens()
+    model = rm.apply(stock, DroppedRoPE(every=2))
+    rm.export(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.no_rope_layers[:2] == [1, 0]
+    close(loaded(ids).logits, model(ids).logits, 1e-6)
+
+
+def test_some_layers_are_refused_where_it_has_none_or_means_more_by_it(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"DroppedRoPE.*acts on some layers only"):
+        rm.export(rm.apply(zoo.build(), DroppedRoPE(layers=[0])), tmp_path)
+    config = tiny_models.config_of("smollm3")
+    config.no_rope_layers = [1] * config.num_hidden_layers
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 8.0,
+    }  # its tables are scaled, dropped too
+    model = rm.apply(tiny_models.from_config(config), DroppedRoPE(layers=[0]))
+    with pytest.raises(ValueError, match="does more than this model at positions"):
+        rm.export(model, tmp_path)
+    assert not list(tmp_path.iterdir())

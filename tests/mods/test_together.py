@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropemods as rm
+from evals import naive_attention
 from ropemods.attention import reference
 from ropemods.model.attention_layers import attention_layers
-from tests import oracle, zoo
+from tests import zoo
 from tests.contract import close, perturb
 from tests.mods.own import Cooled, Levelled, Shifted, Slowed
 
@@ -88,14 +89,14 @@ def test_a_pair_composes_as_the_formulas_say_or_is_refused(one: rm.Mod, other: r
     check_tables(model, [one, other], stock, strength)
     check_input(model, [one, other], stock, ids, strength)
     bos = torch.zeros(1, 7, dtype=torch.long)
-    with oracle.recorded(model) as calls, torch.no_grad():
+    with naive_attention.recorded(model) as calls, torch.no_grad():
         model(ids, use_cache=False)
     layers = [layer for _, layer in attention_layers(model)]
     for call in calls:
         site = layers[call.layer].ropemods_site
         table = site.table.live(), *(site.layout or (False, 0))
         wide = [t.double() for t in (call.query, call.key, call.value)]
-        wanted = oracle.recompute(call, *wide, backend=backend, bos_BT=bos, rotary=table)
+        wanted = naive_attention.recompute(call, *wide, backend=backend, bos_BT=bos, rotary=table)
         close(call.output.double(), wanted, 2e-5)
 
 
