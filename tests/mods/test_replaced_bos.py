@@ -131,7 +131,7 @@ def test_every_token_with_the_bos_id_is_replaced_as_a_folded_row_would() -> None
 def test_a_bos_that_also_ends_sequences_is_said_to_be_replaced_there(ends) -> None:
     model = zoo.build("llama")
     model.config.eos_token_id = ends
-    with pytest.warns(UserWarning, match=r"token 1 begins sequences and ends them too .* replaced_bos replaces"):
+    with pytest.warns(UserWarning, match=r"token 1 begins sequences and ends them too .* replaced_bos changes"):
         rm.apply(model, ReplacedBos("mean"))
 
 
