@@ -94,11 +94,11 @@ def _check_one_of_a_kind(mods: list[Mod], layer_count: int) -> None:
 def bos_elsewhere(model: PreTrainedModel, mods: Sequence[Mod]) -> str | None:
     """What there is to say where a modification of the BOS token also meets that token inside and behind sequences."""
     bos, ends = model.ropemods_attached.bos_token_id, model.config.get_text_config().eos_token_id
-    kinds = [mod.kind for mod in mods if bos is not None and mod.embedding_stage(bos) is not None]
+    kinds = [mod.kind for mod in mods if mod.needs_bos and mod.embedding_stage(bos) is not None]
     if not kinds or bos not in (ends if isinstance(ends, list | tuple) else [ends]):
         return None
     return (
-        f"token {bos} begins sequences and ends them too in this model, and {kinds[0]} replaces its embedding wherever "
+        f"token {bos} begins sequences and ends them too in this model, and {kinds[0]} changes its embedding wherever "
         "it stands, as a row of the embedding table would; if your text has it inside or behind sequences, set "
         "model.config.bos_token_id to a token that only begins them, and train with that"
     )

@@ -220,7 +220,7 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
     if shared is not None:
         model.ropemods = _placed(shared, model, model.dtype)
     embeds = model.get_input_embeddings()
-    stages = _stages(mods, lambda mod: mod.embedding_stage(bos_token_id) if bos_token_id is not None else None)
+    stages = _stages(mods, lambda mod: mod.embedding_stage(bos_token_id))
     if stages is not None:
         for _, stage in stages.stages():
             stage.allocate(embeds)

@@ -62,10 +62,11 @@ def selectors(css: str) -> Iterator[str]:
 
 def assert_stays_within(root: ET.Element) -> None:
     """A class outermost, every rule of style for what is in it, and nothing that could meet another's."""
-    assert root.get("class") == "ropemods"
+    own = root.get("class")
+    assert own == ("ropemods-figure" if root.tag == "svg" else "ropemods")  # a part's frame is none of a figure's
     (style,) = (node.text or "" for node in root.iter("style"))
     found = list(selectors(style))
-    assert len(found) == 4 and all(selector.endswith(".ropemods.ropemods.ropemods") for selector in found)
+    assert len(found) == 4 and all(selector.endswith(f".{own}.{own}.{own}") for selector in found)
     assert not any(node.get("id") or node.tag in ("script", "h1", "h2", "h3") for node in root.iter())
 
 

@@ -99,7 +99,9 @@ def _remarks(
     remarks = []
     for mod in mods:
         if mod.calibrates and not calibrated:
-            remarks.append(f"{mod.kind} starts at 0; with --calibration_text FILE it starts from what BOS had")
+            remarks.append(
+                f"{mod} starts at its default; with --calibration_text FILE it starts from what the model does there"
+            )
     needing = [mod.kind for mod in mods if mod.needs_bos]
     if needing and tokenizer is None:
         remarks.append(

@@ -24,12 +24,14 @@ time, and what follows from it (`leakage/tries.py`, `report/tries.py`). It takes
 **sink** for `LearnedSink`: per head, the logit at which a sink takes the mass that BOS had. It is what
 `apply(..., calibration=…)` would choose.
 
+These two are named here, and in the words of `ropemods.report.proposals`, because what is read off the model is a value
+for an option that each alone has. The menu that is tried names none.
+
 Shapes: B batch, L layers, H query heads, T queries, F rotary bands.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +193,7 @@ def _keep(ladders: tuple[Ladder, ...], length: int, max_phase: float, max_usage:
     if dropped == 0:
         return None, reason
     at = cuts.index((dropped, reason))
-    return _share_kept(F[at] - dropped, F[at]), reason
+    return TruncatedRoPE.keeping(F[at] - dropped, F[at]).keep, reason
 
 
 def _cut(ladder: Ladder, length: int, max_phase: float, max_usage: float) -> tuple[int, str]:
@@ -220,18 +222,6 @@ def _cut(ladder: Ladder, length: int, max_phase: float, max_usage: float) -> tup
         f"drops {dropped} of {len(ladder.bands)} bands, which turn by at most {number(first.phase)} rad over {length} "
         f"tokens and hold {percent(query)} of query and {percent(key)} of key norms; {reason}"
     )
-
-
-def _share_kept(kept: int, bands: int) -> float:
-    """The smallest round share that `TruncatedRoPE` floors to this many bands."""
-    for digits in range(1, 17):
-        share = round(kept / bands, digits)
-        if share < 1 and TruncatedRoPE(share).kept(bands) == kept:
-            return share
-    share = kept / bands
-    while TruncatedRoPE(share).kept(bands) < kept:  # rounding may leave the quotient just below
-        share = math.nextafter(share, 1.0)
-    return share
 
 
 def _sink_reason(mass: float) -> str:

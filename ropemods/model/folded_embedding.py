@@ -25,7 +25,7 @@ def fold_embedding(model: PreTrainedModel, state: dict[str, Tensor], config: Pre
         return config
     weight = embedding.weight
     name = next(k for k, v in model.named_parameters(remove_duplicate=False) if v is weight)
-    token = active[0].bos_token_id
+    token = model.ropemods_attached.bos_token_id
     ids = torch.tensor([[token]], device=weight.device)
     stock = embedding.forward(ids)[0, 0]
     wanted = embedding.ropemods(stock[None, None], ids, embedding)[0, 0]

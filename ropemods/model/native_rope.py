@@ -102,7 +102,7 @@ def _native(model: PreTrainedModel, part: dict[str, Any], table: Table, edits: E
     kind = part.get("rope_type", "default")
     wanted = _wanted(table, edits)
     proposals = []
-    keep = getattr(edits[0][0], "keep", None) if len(edits) == 1 else None
+    keep = edits[0][0].share_kept if len(edits) == 1 else None
     if kind in ("default", "linear") and keep is not None:
         extra = {"factor": part["factor"]} if kind == "linear" else {}
         base = {k: v for k, v in part.items() if k not in ("rope_type", "partial_rotary_factor", "factor")}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropemods.model.anatomy import anatomy_of
-from ropemods.mods.replaced_bos import without_gradient
+from ropemods.mods.zero_gradient import without_gradient
 
 
 def install(model: PreTrainedModel) -> list:

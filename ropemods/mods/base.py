@@ -126,6 +126,12 @@ class Stage(nn.Module):
         """What it does to one row that is written out, its output included."""
         raise NotImplementedError(f"{type(self).__name__}.naive: what it does to one row, by the formula")
 
+    def allocate(self, embedding: nn.Module) -> None:
+        """At the input embedding: make room for what it holds of it; values come from `measure` or a checkpoint."""
+
+    def measure(self, embedding: nn.Module) -> None:
+        """At the input embedding: take from it what it needs; called once, when the modification is applied."""
+
     def learned(self) -> str | None:
         """What training or calibration has made of it, in a few words and numbers, for a summary."""
         return None
@@ -273,6 +279,12 @@ class Mod:
     def edits_frequencies(self) -> bool:
         return type(self).frequencies is not Mod.frequencies
 
+    @property
+    def share_kept(self) -> float | None:
+        """The share of the frequencies, from the highest down, beside which all stop turning at strength 1, where that
+        is what it does: transformers has a word for it."""
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """The kind and every option, defaults too: a checkpoint must not change when a default does.
 
@@ -303,8 +315,9 @@ class Mod:
         """A stage owned by the whole model, called once a forward pass to put a value in `Call.shared`."""
         return None
 
-    def embedding_stage(self, bos_token_id: int) -> Stage | None:
-        """The stage for the input embedding; None when the modification leaves it alone."""
+    def embedding_stage(self, bos_token_id: int | None) -> Stage | None:
+        """The stage for the input embedding, None when the modification leaves it alone: `forward` is given what the
+        embedding gives, the token ids and a `Table`. A token is given where a modification `needs_bos`."""
         return None
 
 

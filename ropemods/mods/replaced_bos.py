@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ropemods.mods.base import Mod, Stage, Table
+from ropemods.mods.zero_gradient import without_gradient
 
 NOISE_SEED = 0
 
@@ -82,7 +83,8 @@ class ReplacedBos(Mod):
             return "it acts in training only; set its strength to 0 to export the model as it is evaluated"
         return None
 
-    def embedding_stage(self, bos_token_id: int) -> Stage:
+    def embedding_stage(self, bos_token_id: int | None) -> Stage:
+        assert bos_token_id is not None
         return ReplacedBosStage(self, bos_token_id)
 
 
@@ -97,7 +99,6 @@ class ReplacedBosStage(Stage):
 
     @torch.no_grad()
     def measure(self, embedding: nn.Module) -> None:
-        """Take from the embedding what the replacement needs; called once, when the modification is applied."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         if self.mod.by == "mean":
@@ -111,7 +112,6 @@ class ReplacedBosStage(Stage):
             self.vector.copy_(noise.to(bos.device) * (bos.norm() / noise.norm()))
 
     def allocate(self, embedding: nn.Module) -> None:
-        """Make room for the vector; its values come from `measure` or from a checkpoint."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         if self.mod.by in ("mean", "noise"):
@@ -130,10 +130,3 @@ class ReplacedBosStage(Stage):
         alpha = self.strength.to(embedded_BTE.dtype)
         replaced = torch.where(is_bos, (1 - alpha) * embedded_BTE + alpha * new, embedded_BTE)
         return without_gradient(replaced) if self.mod.zeroes_states else replaced
-
-
-def without_gradient(hidden: Tensor) -> Tensor:
-    """The same values, and no gradient where every channel of a position is zero."""
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return hidden
-    return torch.where((hidden == 0).all(-1, keepdim=True), hidden.detach(), hidden)

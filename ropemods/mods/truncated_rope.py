@@ -14,6 +14,7 @@ Nothing trains. It costs nothing: the tables are edited, not the attention. Cach
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -43,6 +44,22 @@ class TruncatedRoPE(Mod):
     @classmethod
     def worth_trying(cls) -> tuple[Mod, ...]:
         return cls(keep=0.75), cls(keep=0.5)
+
+    @classmethod
+    def keeping(cls, kept: int, count: int) -> TruncatedRoPE:
+        """The one with the smallest round share that keeps so many of `count` frequencies."""
+        for digits in range(1, 17):
+            share = round(kept / count, digits)
+            if share < 1 and cls(share).kept(count) == kept:
+                return cls(share)
+        share = kept / count
+        while cls(share).kept(count) < kept:  # rounding may leave the quotient just below
+            share = math.nextafter(share, 1.0)
+        return cls(share)
+
+    @property
+    def share_kept(self) -> float | None:
+        return self.keep if self.which == "lowest" else None
 
     def kept(self, count: int) -> int:
         """How many of `count` frequencies stay: the floor, as the paper's code and transformers have it."""

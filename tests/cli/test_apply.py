@@ -88,7 +88,7 @@ def test_dtype_is_what_is_saved(here: Path) -> None:
 
 def test_calibration_text_sets_the_sink_from_the_mass_of_bos(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("apply model plain --mods learned_sink")
-    assert "note: learned_sink starts at 0" in capsys.readouterr().out
+    assert "note: LearnedSink() starts at its default" in capsys.readouterr().out
     text = " ".join(f"w{3 + index * 7 % (zoo.VOCAB - 3)}" for index in range(8 * 40))
     (here / "text.txt").write_text(text)
     run("apply model out --mods learned_sink --calibration_text text.txt --calibration_length 16")

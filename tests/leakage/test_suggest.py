@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ropemods as rm
-from ropemods.leakage.suggestion import Band, Ladder, _cut, _share_kept
+from ropemods.leakage.suggestion import Band, Ladder, _cut
 from tests import zoo
 from tests.leakage.small import documents, tokenizer
 
@@ -75,8 +75,7 @@ def test_a_cut_keeps_within_both_limits_and_one_more_band_would_not(
 @example((57, 100))
 def test_the_share_is_one_that_TruncatedRoPE_floors_to_the_bands_meant(case: tuple[int, int]) -> None:
     kept, F = case
-    share = _share_kept(kept, F)
-    frequencies = rm.TruncatedRoPE(share).frequencies(torch.ones(F), 1.0)
+    frequencies = rm.TruncatedRoPE.keeping(kept, F).frequencies(torch.ones(F), 1.0)
     assert int((frequencies > 0).sum()) == kept
 
 

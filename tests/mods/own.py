@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ropemods as rm
 from ropemods.attention.rows import Rows
 from ropemods.attention.terms import EntropyScale, Slot
-from ropemods.mods.base import Call, Site, Stage
+from ropemods.mods.base import Call, Site, Stage, Table
 from ropemods.mods.bos_column import with_bos_column
 
 
@@ -93,3 +93,20 @@ class LevelledStage(Stage):
         assert rows.column is not None
         logit = rows.column.logit_BHT * (1 - self.strength)
         return rows.plus(rows.column._replace(logit_BHT=logit))
+
+
+@rm.register
+@dataclasses.dataclass(frozen=True)
+class Dimmed(rm.Mod):
+    """Every other channel of what the input embedding gives is smaller, whatever the token."""
+
+    kind: ClassVar[str] = "dimmed"
+
+    def embedding_stage(self, bos_token_id: int | None) -> Stage:
+        return DimmedStage()
+
+
+class DimmedStage(Stage):
+    def forward(self, embedded_BTE: Tensor, ids_BT: Tensor, table: Table) -> Tensor:
+        even = torch.arange(embedded_BTE.shape[-1], device=embedded_BTE.device) % 2 == 0
+        return torch.where(even, embedded_BTE * (1 - self.strength / 2), embedded_BTE)

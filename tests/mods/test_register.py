@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 import ropemods as rm
 from ropemods.mods import MODS
 from tests import zoo
-from tests.mods.own import Cooled, Levelled, Shifted, Slowed
+from tests.mods.own import Cooled, Dimmed, Levelled, Shifted, Slowed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("mod", [Slowed(), Shifted(names=["a", "b"]), Cooled(), Levelled()], ids=str)
+@pytest.mark.parametrize("mod", [Slowed(), Shifted(names=["a", "b"]), Cooled(), Levelled(), Dimmed()], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_it_keeps_the_promises_that_ours_keep(mod, architecture, tmp_path: Path) -> None:
     stock, ids = zoo.build(architecture), zoo.tokens()

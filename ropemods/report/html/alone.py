@@ -82,4 +82,4 @@ def _alone(name: str, node: ET.Element, arms: Sequence[Arm]) -> Markup:
     drawn = "".join(chart for charts in panels.values() for chart in charts)
     legend = [(arm.name, arm.look) for arm in arms if len(arms) > 1 and f' {arm.look}"' in drawn]
     columns = 2 if len(panels) > 2 else 1
-    return in_one(panels, legend=legend, description=name, style=FIGURE, columns=columns, class_="ropemods")
+    return in_one(panels, legend=legend, description=name, style=FIGURE, columns=columns, class_="ropemods-figure")

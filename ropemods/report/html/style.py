@@ -143,13 +143,13 @@ _IS_LIGHT: Final = ':is([data-jp-theme-light="true"], .vscode-light, [data-theme
 """How JupyterLab, VS Code, documentation sites and Colab mark their pages; without one the reader's system decides."""
 
 
-def _within(rules: str) -> str:
-    """The rules for what stands in an element of class `ropemods`, and for nothing else.
+def _within(name: str, rules: str) -> str:
+    """The rules for an element of that class and what stands in it, and for nothing else.
 
     The class is written three times so that a notebook's own rules for tables and text weigh less. No `&`: in an SVG
     file a style sheet is XML.
     """
-    own = ".ropemods.ropemods.ropemods"
+    own = f".{name}" * 3
     dark = f"{{ color-scheme: dark;{DARK} .line.depth {{ stroke: var(--on-dark); }} }}"
     light = f"{{ color-scheme: light;{LIGHT} .line.depth {{ stroke: var(--on-light); }} }}"
     return (
@@ -158,10 +158,13 @@ def _within(rules: str) -> str:
     )
 
 
-FIGURE: Final = _within("max-width: 100%; height: auto; .title { font-size: 12.5px; font-weight: 600; }")
+FIGURE: Final = _within(
+    "ropemods-figure", "max-width: 100%; height: auto; .title { font-size: 12.5px; font-weight: 600; }"
+)
 
 PART: Final = _within(
+    "ropemods",
     "background: var(--paper); color: var(--ink); padding: 0.6rem 0.9rem 0.9rem; border: 1px solid var(--rule);"
     'font: 14px/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif;'
-    "tr { background: none; } table { margin: 0; border: none; }" + PAGE + ".lead { font-size: 1.05em; }"
+    "tr { background: none; } table { margin: 0; border: none; }" + PAGE + ".lead { font-size: 1.05em; }",
 )
