@@ -36,6 +36,7 @@ from ropemods.model import (
     layer_tables,
     model_inputs,
     origin,
+    other_engines,
     partition,
     starting_values,
     unchanged,
@@ -197,6 +198,7 @@ def attach(model: PreTrainedModel, mods: list[Mod], *, recorded: config_record.R
     anatomy = admission.admitted(model, mods, recorded)
     layers = anatomy.layers
     adapters.watch_saving()
+    other_engines.watch_engines()
     bos_token_id = admission.bos_token(model, mods, recorded)
     model.ropemods_attached = Attached(
         mods=mods,

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft.utils import hotswap
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import ropemods as rm
@@ -81,6 +82,8 @@ def test_an_adapter_of_the_unmodified_base_is_not_saved_as_one_of_the_modified(b
     with pytest.raises(ValueError, match=r"'default' neither trained nor saves.*modules_to_save=\['ropemods'\]"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+    with pytest.raises(ValueError, match=r"trained on a model without modifications.*merge_and_unload"):
+        PeftModel.from_pretrained(loaded(base, rm.LearnedSink(init=0.3)), tmp_path / "stock", is_trainable=True)
 
 
 def test_a_reloaded_model_without_its_adapter_is_the_modified_start(base, tmp_path) -> None:
@@ -116,6 +119,13 @@ def test_adapters_of_other_modules_are_made_and_saved_as_ever(tmp_path) -> None:
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
     get_peft_model(plain, LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_dora_adapter_is_saved_and_reloaded(base, tmp_path) -> None:
+    model, ids = loaded(base, rm.LearnedSink(init=0.3)), zoo.tokens()
+    wrapped = get_peft_model(model, lora(use_dora=True)).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wrapped(ids).logits, 1e-6)
 
 
 def test_a_second_modified_adapter_is_loaded_beside_the_first(base, tmp_path) -> None:
@@ -211,3 +221,40 @@ def test_what_was_copied_or_calibrated_is_saved_though_nothing_of_it_trains(mod:
     wrapped = get_peft_model(loaded(base, mod, calibration=zoo.tokens()), lora()).eval()
     wrapped.save_pretrained(tmp_path / "adapter")
     close(rm.from_pretrained(tmp_path / "adapter").eval()(ids).logits, wrapped(ids).logits, 1e-6)
+
+
+@pytest.mark.parametrize("mod", [rm.TruncatedRoPE(0.5), rm.LearnedSink(init=0.3)], ids=str)
+def test_an_adapter_is_swapped_for_another_while_the_model_runs(mod: rm.Mod, base, tmp_path) -> None:
+    ids, wanted = zoo.tokens(), {}
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(loaded(base, mod), lora()).eval()
+        for parameter in (p for n, p in wrapped.named_parameters() if "learned_sink" in n and p.requires_grad):
+            parameter.data.normal_()
+        wrapped.save_pretrained(tmp_path / name)
+        wanted[name] = wrapped(ids).logits
+    model = rm.from_pretrained(tmp_path / "first").eval()
+    hotswap.hotswap_adapter(model, str(tmp_path / "second"), "default", torch_device="cpu")
+    close(model(ids).logits, wanted["second"], 1e-6)
+    hotswap.hotswap_adapter(model, str(tmp_path / "first"), "default", torch_device="cpu")
+    close(model(ids).logits, wanted["first"], 1e-6)
+    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
+    with pytest.raises(ValueError, match=r"trained with .* at strength 1, and this model has no modification"):
+        hotswap.hotswap_adapter(stock, str(tmp_path / "second"), "default", torch_device="cpu")
+    close(model(ids).logits, wanted["first"], 1e-6)
+
+
+def test_an_adapter_of_the_unmodified_base_is_not_swapped_in_beside_what_another_one_learned(base, tmp_path) -> None:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).save_pretrained(tmp_path / "stock")
+    model = get_peft_model(loaded(base, rm.LearnedSink(init=0.3)), lora())
+    with pytest.raises(ValueError, match=r"trained with no modification, and this model has LearnedSink"):
+        hotswap.hotswap_adapter(model, str(tmp_path / "stock"), "default", torch_device="cpu")
+
+
+def test_adapters_are_weighed_against_each_other_where_the_modifications_have_no_values_of_their_own(base) -> None:
+    wrapped = get_peft_model(loaded(base, rm.TruncatedRoPE(0.5)), lora()).eval()
+    before = wrapped(zoo.tokens()).logits
+    wrapped.add_adapter("second", lora())
+    wrapped.add_weighted_adapter(["default", "second"], [1.0, 0.0], "mixed", combination_type="cat")
+    wrapped.set_adapter("mixed")
+    close(wrapped(zoo.tokens()).logits, before, 1e-5)

@@ -9,13 +9,9 @@ running it on the unmodified base.
 
 from __future__ import annotations
 
-import functools
-import importlib.abc
-import importlib.util
-import inspect
+import importlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ropemods.model.attention_layers import Stages
 from ropemods.model.config_record import parse
+from ropemods.model.on_import import when_imported, wrap
 from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods import Mod
 from ropemods.settings.extras import need
@@ -37,62 +34,21 @@ FILE = "ropemods.json"
 PREFIX = "ROPEMODS+"
 
 
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Wraps PEFT's methods when PEFT is imported, so that neither apply nor `import ropemods` has to import it."""
-
-    def find_spec(self, name: str, path, target=None):
-        if name != "peft":
-            return None
-        # A spec is also asked for by who only wants to know whether there is one, so this stays until the import.
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec("peft")
-        finally:
-            sys.meta_path.insert(0, self)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module) -> None:
-                sys.meta_path.remove(self)
-                load(module)
-                _wrap_peft(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def watch_saving() -> None:
     """See to it that what saves and loads adapters is wrapped, PEFT's own now or when PEFT is imported; once."""
-    _wrap(PreTrainedModel, "save_pretrained", _saving_native)
-    _wrap(PreTrainedModel, "add_adapter", _adding_native)
-    if sys.modules.get("peft") is not None:
-        _wrap_peft(sys.modules["peft"])
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
+    wrap(PreTrainedModel, "save_pretrained", _saving_native)
+    wrap(PreTrainedModel, "add_adapter", _adding_native)
+    when_imported("peft", _wrap_peft)
 
 
 def _wrap_peft(peft: Any) -> None:
-    _wrap(peft.PeftModel, "__init__", _making)
-    _wrap(peft.PeftModel, "add_adapter", _adding)
-    _wrap(peft.PeftModel, "save_pretrained", _saving)
-    _wrap(peft.PeftModel, "load_adapter", _loading)
-    _wrap(peft.PeftModel, "from_pretrained", _reading)
-    _wrap(peft.PeftConfig, "from_pretrained", _reading)
-
-
-def _wrap(cls: Any, name: str, around: Callable[..., Any]) -> None:
-    """Put `around(stock, self, ...)` in the place of a method, of a class's as well."""
-    of_class = inspect.ismethod(getattr(cls, name))
-    stock = getattr(cls, name).__func__ if of_class else getattr(cls, name)
-    if hasattr(stock, "ropemods"):
-        return
-
-    @functools.wraps(stock)
-    def method(self, *args, **kwargs):
-        return around(stock, self, *args, **kwargs)
-
-    method.ropemods = True  # type: ignore[attr-defined]
-    setattr(cls, name, classmethod(method) if of_class else method)
+    wrap(peft.PeftModel, "__init__", _making)
+    wrap(peft.PeftModel, "add_adapter", _adding)
+    wrap(peft.PeftModel, "save_pretrained", _saving)
+    wrap(peft.PeftModel, "load_adapter", _loading)
+    wrap(peft.PeftModel, "from_pretrained", _reading)
+    wrap(peft.PeftConfig, "from_pretrained", _reading)
+    wrap(importlib.import_module("peft.utils.hotswap"), "hotswap_adapter", _swapping)
 
 
 def _modified(model: nn.Module) -> bool:
@@ -162,15 +118,7 @@ def _loading(stock: Callable, model: Any, model_id: Any, adapter_name: str, *arg
     """One more adapter beside those that a model has: its base must be modified as the adapter was trained with."""
     if adapter_name in model.peft_config or not (Path(model_id) / FILE).is_file():
         return stock(model, model_id, adapter_name, *args, **kwargs)
-    config, described = read(model_id)
-    wanted, attached = parse(described, model_id), getattr(base_model(model), "ropemods_attached", None)
-    found = (attached.mods, attached.strength) if attached is not None else ([], {})
-    if found != (wanted.mods, wanted.strength):
-        raise ValueError(
-            f"the adapter in {model_id} was trained with {_words(wanted.mods, wanted.strength)}, and this model has "
-            f"{_words(*found)}; load it on its own with ropemods.from_pretrained, or give the base model the same "
-            "modifications and strengths first"
-        )
+    config = _of_the_same(model, model_id)
     trainable = args[0] if args else kwargs.get("is_trainable", False)
     config.inference_mode = not trainable
     model.add_adapter(adapter_name, config)
@@ -179,14 +127,55 @@ def _loading(stock: Callable, model: Any, model_id: Any, adapter_name: str, *arg
     return stock(model, model_id, adapter_name, *args, **kwargs)
 
 
+def _swapping(
+    stock: Callable, model: Any, model_name_or_path: Any, adapter_name: str, torch_device: Any = None, **kwargs: Any
+) -> None:
+    """Put the values of a saved adapter in the place of one that the model runs, those of the modifications too."""
+    inner = base_model(model)
+    if not (Path(model_name_or_path) / FILE).is_file() and not (_modified(inner) and _places(inner)):
+        return stock(model, model_name_or_path, adapter_name, torch_device, **kwargs)
+    from peft import set_peft_model_state_dict
+    from peft.utils import hotswap
+
+    config, values = _of_the_same(model, model_name_or_path), {}
+    hotswap.check_hotswap_configs_compatible(model.active_peft_config, config)
+    weights = hotswap.load_peft_weights(model_name_or_path, device=torch_device or hotswap.infer_device(), **kwargs)
+    for name in [name for name in weights if ".ropemods." in name]:
+        values[name] = weights.pop(name)
+    lora = hotswap.PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    named = hotswap._insert_adapter_name_into_state_dict(weights, adapter_name=adapter_name, parameter_prefix=lora)
+    hotswap.hotswap_adapter_from_state_dict(model, named, adapter_name, config, lora)
+    set_peft_model_state_dict(uncompiled(model), values, adapter_name)
+
+
+def _of_the_same(model: nn.Module, folder: Any) -> Any:
+    """The config of an adapter that was trained with the modifications that this model has."""
+    config, described = read(folder)
+    record = None if described is None else parse(described, folder)
+    wanted = ([], {}) if record is None else (record.mods, record.strength)
+    attached = getattr(base_model(model), "ropemods_attached", None)
+    found = (attached.mods, attached.strength) if attached is not None else ([], {})
+    if found != wanted:
+        raise ValueError(
+            f"the adapter in {folder} was trained with {_words(*wanted)}, and this model has {_words(*found)}; load it "
+            "on its own with ropemods.from_pretrained, or give the base model the same modifications and strengths"
+        )
+    return config
+
+
 def _reading(stock: Callable, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Of an adapter or its config by PEFT alone, which does not know what its base must be modified with."""
     try:
         return stock(cls, *args, **kwargs)
     except KeyError as error:
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, str | os.PathLike)]
+        if ".ropemods." in str(error.args[0]):  # `_complete` had it asked for
+            raise ValueError(
+                f"the adapter in {given[0]} was trained on a model without modifications, and cannot be trained on "
+                "with what these have of their own; load it on the unmodified model, merge_and_unload it, then apply"
+            ) from None
         if not str(error.args[0]).startswith(PREFIX):
             raise
-        given = [each for each in (*args, *kwargs.values()) if isinstance(each, str | os.PathLike)]
         found = next((each for each in given if (Path(each) / FILE).is_file()), None)
         wanted = None if found is None else parse(json.loads((Path(found) / FILE).read_text()), found)
         what = "modifications" if wanted is None else _words(wanted.mods, wanted.strength)

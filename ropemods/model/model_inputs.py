@@ -7,7 +7,6 @@ it was first given, whatever the model has read since.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ropemods.attention.rows import shown
 from ropemods.model import bos, cached_bos
@@ -38,33 +37,11 @@ def install(model: PreTrainedModel) -> list:
         handles.append(entrance.register_forward_hook(_after, with_kwargs=True))
         entrance.ropemods_owner = [model]  # in a list, so that the model does not become its own descendant
     cached_bos.follow_caches()
-    _watch_continuous_batching()
     decoder = anatomy_of(model).entrances[-1]
     # The decoder knows the positions best; a model around it that hands on what it found need not remember it too.
     model.ropemods_remembers = model is decoder or not decoder.ropemods_open
     decoder.ropemods_remembers = True
     return handles
-
-
-def _watch_continuous_batching() -> None:
-    """Refuse it before it begins: an error within it is logged, and what was generated until then is returned."""
-    stock = GenerationMixin.init_continuous_batching
-    if hasattr(stock, "ropemods"):
-        return
-
-    @functools.wraps(stock)
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attached = getattr(self, "ropemods_attached", None)
-        if attached is not None and attached.bos_active:
-            raise ValueError(
-                "continuous batching puts parts of several sequences in one row, and the modifications of this model "
-                "look for the BOS of each; generate without it (model.generate, or "
-                "use_transformers_continuous_batching=False in TRL), or set their strength to 0"
-            )
-        return stock(self, *args, **kwargs)
-
-    init_continuous_batching.ropemods = True  # type: ignore[attr-defined]
-    GenerationMixin.init_continuous_batching = init_continuous_batching
 
 
 def carry(model: PreTrainedModel, layers: list[nn.Module], rotary_modules: list[nn.Module]) -> list:

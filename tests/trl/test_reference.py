@@ -100,3 +100,12 @@ def test_a_schedule_that_would_move_the_reference_says_so(base, tmp_path) -> Non
         warnings.filterwarnings("error", message=".*its strength moves along")
         make("dpo", modified(base, strength=0.0), tmp_path, **schedule).train()
         make("grpo", modified(base, strength=0.0), tmp_path, peft_config=lora(), beta=0.0, **schedule).train()
+
+
+@pytest.mark.parametrize("trainer", ["grpo", "rloo"])
+def test_sampling_from_a_vllm_that_has_the_unmodified_model_is_refused(trainer, base, tmp_path) -> None:
+    options = {"beta": 0.0, "use_vllm": True}
+    with pytest.raises(ValueError, match="use_vllm=True would sample from the model without TruncatedRoPE"):
+        make(trainer, modified(base), tmp_path, **options)
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        make(trainer, rm.remove(modified(base)), tmp_path, **options)
