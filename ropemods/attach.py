@@ -30,6 +30,7 @@ from ropemods.model import (
     adapters,
     attention_function,
     config_record,
+    distillation,
     dry_run,
     gguf,
     input_embedding,
@@ -124,6 +125,10 @@ def apply(
     if said is not None:
         warnings.warn(said, stacklevel=2)
     _forget_compiled()
+    if calibration is None and (fitted := next((mod for mod in mods if mod.distils), None)) is not None:
+        raise ValueError(
+            f"{fitted} is fitted to what the model says of a text: give calibration=, a batch of token ids"
+        )
     ids_BT = None if calibration is None else starting_values.checked(inner, mods, calibration)
     try:
         if ids_BT is None:
@@ -167,6 +172,9 @@ def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) 
         put_on(model, mods)
         if any(mod.calibrates for mod in mods):
             starting_values.calibrate(model, ids_BT)
+        fitted = [stage for layer in anatomy_of(model).layers for _, stage in _stages_of(layer) if stage.distilled()]
+        if fitted:
+            distillation.distil(model, fitted, ids_BT, partial(set_strength, model))
         set_strength(model, 1.0)
         return starting_values.loss(model, ids_BT)
 

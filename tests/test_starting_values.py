@@ -206,3 +206,41 @@ def test_a_recipe_calibrates_on_first_sequences_without_padding() -> None:
     assert first_sequences(rows, 9).tolist() == tokens[:, :5].tolist()
     whole = Rows(tokens, np.tile(np.arange(8, dtype=np.int32), (5, 1)))
     assert first_sequences(whole, 2).tolist() == tokens[:2].tolist()
+
+
+def divergence(model, stock, ids) -> float:
+    with torch.no_grad():
+        wanted, found = (each.eval()(ids).logits.double().log_softmax(-1) for each in (stock, model))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("read_bos", [False, True])
+def test_a_distilled_sink_says_more_of_what_the_model_said_than_a_calibrated_one(read_bos) -> None:
+    """On text that it was not fitted on either; the weights stand still, and training departs from what was found."""
+    batch, other, found = zoo.tokens(rows=8), zoo.tokens(rows=8, seed=5), {}
+    stock = zoo.build()
+    for init in ("calibrated", "distilled"):
+        model = zoo.build().train()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rm.apply(model, rm.LearnedSink(init=init, read_bos=read_bos), calibration=batch)
+        found[init] = [divergence(model, stock, ids) for ids in (batch, other)]
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
+        sinks = [module for module in model.modules() if hasattr(module, "sink_H")]
+        assert len(sinks) == 2 and all(sink.logit.eq(0).all() for sink in sinks)
+    assert all(fitted < read for fitted, read in zip(found["distilled"], found["calibrated"], strict=True))
+
+
+def test_a_distilled_sink_is_saved_with_what_was_fitted(tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = rm.apply(zoo.build(), rm.LearnedSink(init="distilled"), calibration=zoo.tokens(rows=4))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(rm.from_pretrained(tmp_path).eval()(zoo.tokens()).logits, model.eval()(zoo.tokens()).logits)
+
+
+def test_a_distilled_sink_without_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="fitted to what the model says of a text: give calibration="):
+        rm.apply(zoo.build(), rm.LearnedSink(init="distilled"))

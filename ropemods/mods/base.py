@@ -143,6 +143,13 @@ class Stage(nn.Module):
     def calibrate(self, rows: Rows, call: Call) -> None:
         """Choose initial values from a batch that the stock model has read; most stages have none to choose."""
 
+    def distilled(self) -> list[nn.Parameter]:
+        """The numbers that are fitted to the model's own output on a batch, where the modification `distils`."""
+        return []
+
+    def settle(self) -> None:
+        """Take what was fitted as the start, from which training departs."""
+
 
 class SharedParameter(Stage):
     """One parameter for the whole model, handed to its layers with each call under the modification's kind."""
@@ -191,6 +198,11 @@ class Mod:
     @property
     def calibrates(self) -> bool:
         """Whether it chooses initial values from a calibration batch."""
+        return False
+
+    @property
+    def distils(self) -> bool:
+        """Whether it fits initial values to the model's own output on that batch."""
         return False
 
     @property

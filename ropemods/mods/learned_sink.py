@@ -10,9 +10,10 @@ Closing column 0 alone leaves position 1 as the new closed trajectory: look at i
 `init` is a number, or "calibrated": with a calibration batch, the logit at which the sink takes, on average, the mass
 that BOS had in that head (beside BOS, where that goes on being read); without one, 0. A head that parks on BOS row by
 row cannot be met by one number, so on a model with a real sink this start can cost more than 0 does: `apply` measures
-it on the batch and says so. `raised` is added to that start: a sink above what BOS had makes every row's denominator
-depend less on how many keys it has. Strength 0 is the stock softmax. One number a head trains: how far the sink has
-moved from its start, which is where weight decay pulls it.
+it on the batch and says so. "distilled" goes on from there with a few steps that fit the logits, and nothing else, to
+the model's own output on the batch (`ropemods.model.distillation`). `raised` is added to that start: a sink above what
+BOS had makes every row's denominator depend less on how many keys it has. Strength 0 is the stock softmax. One number a
+head trains: how far the sink has moved from its start, which is where weight decay pulls it.
 Cost: one elementwise pass over the output, and eight more channels a head where the BOS column is closed.
 """
 
@@ -40,7 +41,7 @@ class LearnedSink(Mod):
 
     kind: ClassVar[str] = "learned_sink"
 
-    init: float | Literal["calibrated"] = "calibrated"
+    init: float | Literal["calibrated", "distilled"] = "calibrated"
     read_bos: bool = False
     raised: float = 0.0
 
@@ -59,7 +60,11 @@ class LearnedSink(Mod):
 
     @property
     def calibrates(self) -> bool:
-        return self.init == "calibrated"
+        return isinstance(self.init, str)
+
+    @property
+    def distils(self) -> bool:
+        return self.init == "distilled"
 
     @classmethod
     def timed(cls) -> dict[str, tuple[Mod, ...]]:
@@ -98,7 +103,7 @@ class LearnedSinkStage(Stage):
     def __init__(self, mod: LearnedSink, heads: int) -> None:
         super().__init__()
         self.mod = mod
-        start = mod.raised if mod.init == "calibrated" else float(mod.init)
+        start = mod.raised if isinstance(mod.init, str) else float(mod.init)
         self.register_buffer("start", torch.full((heads,), start))
         self.logit = nn.Parameter(torch.zeros(heads))
 
@@ -118,7 +123,7 @@ class LearnedSinkStage(Stage):
 
     @torch.no_grad()
     def calibrate(self, rows: Rows, call: Call) -> None:
-        if self.mod.init != "calibrated":
+        if not self.mod.calibrates:
             return
         rows = with_bos_column(rows, call)
         assert rows.column is not None
@@ -129,6 +134,14 @@ class LearnedSinkStage(Stage):
         bos_mass = -torch.expm1(torch.where(seen, log_rest - log_all, 0.0))
         beside = log_all if self.mod.read_bos else log_rest
         self.start.copy_(sink_with_mass(beside, bos_mass, seen) + self.mod.raised)
+
+    def distilled(self) -> list[nn.Parameter]:
+        return [self.logit] if self.mod.distils else []
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.start += self.logit
+        self.logit.zero_()
 
 
 def sink_with_mass(log_beside_BHT: Tensor, mass_BHT: Tensor, seen_BHT: Tensor) -> Tensor:
