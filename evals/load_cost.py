@@ -1,6 +1,6 @@
 """Import, apply, save and reload of a model of a billion parameters, against stock: seconds and peak memory.
 
-    OMP_NUM_THREADS=1 python -m evals.load_cost --folder FOLDER --page evals/profile.md
+    OMP_NUM_THREADS=1 python -m evals.load_cost --folder FOLDER --page PAGE
 
 A random Llama of Llama 3.2 1B's shape in bf16 (2.5 GB; FOLDER needs room for two). Stock and modified are processes of
 their own. Memory is the most that a process has held so far, in GiB, so a step that adds nothing repeats the figure of
