@@ -9,8 +9,11 @@ Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.library import custom_op
 
 from ropemods.attention import slots
@@ -34,8 +37,8 @@ def fits(rows: Rows) -> bool:
     return q.device.type == "cpu" and q.shape[2] <= ROWS and rows.dropout == 0 and not grown
 
 
-def attend(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Returns out_BHTD and the log of the denominator (B, H, T)."""
+def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Returns out_BHTD and, if asked, the log of the denominator (B, H, T)."""
     rule = rows.entropy_scale
     column, beta = scaled_column(rows), None if rows.row_scale is None else rows.row_scale.beta_BHT
     spared = rule is None or rule.spares_column
@@ -43,11 +46,12 @@ def attend(rows: Rows) -> tuple[Tensor, Tensor]:
     if column is not None:
         dtype = column.logit_BHT.dtype
         is_bos, logit, weight = column.is_bos_BS, column.logit_BHT, column.log_weight_BT(dtype)[:, None]
-        counted = column.closed().log_weight_BT(dtype)[:, None] if spared else weight.clone()
+        if rule is not None:
+            counted = column.closed().log_weight_BT(dtype)[:, None] if spared else weight.clone()
         if rows.mask is not None and rows.mask.dtype != torch.bool:
             # What the mask adds to the BOS column; where it hides the column, `_put` sees that for itself.
-            added = _added(rows.mask).masked_fill(~is_bos[:, None, None, :], 0.0)
-            weight, counted = weight + added.sum(-1).to(dtype), counted + added.sum(-1).to(dtype)
+            added = _added(rows.mask).masked_fill(~is_bos[:, None, None, :], 0.0).sum(-1).to(dtype)
+            weight, counted = weight + added, None if counted is None else counted + added
     hold_from, cornered = None, True
     if rule is not None:
         coefficients, strength, hold_from, cornered = rule.coefficients_HC, rule.strength, rule.hold_from, rule.cornered
@@ -55,82 +59,73 @@ def attend(rows: Rows) -> tuple[Tensor, Tensor]:
     if rows.causal:
         mask = torch.ones(rows.q_BHTD.shape[2], rows.k_BGSD.shape[2], dtype=torch.bool).tril()[None, None]
     joined = slots.together(rows.slots, rows.q_BHTD, wide(rows.q_BHTD.dtype)) or (None, None)
-    return _attend_few(
+    # An operator's dispatch costs as much as a short cache does.
+    compute: Callable[..., tuple[Tensor, Tensor]] = _operator if is_compiling() else _attend_few
+    out, log_z = compute(
         *(*rows[:3], mask, is_bos, logit, weight, counted, *joined, beta, coefficients, strength),
-        *(hold_from, cornered, spared, rows.scale, rows.softcap),
+        *(hold_from, cornered, spared, rows.scale, rows.softcap, want_lse),
     )
+    return out, log_z if want_lse else None
 
 
-@custom_op("ropemods::attend_few", mutates_args=())
 def _attend_few(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_bos: Tensor | None, logit: Tensor | None,
     weight: Tensor | None, counted: Tensor | None, slot: Tensor | None, slot_value: Tensor | None,
     beta: Tensor | None, coefficients: Tensor | None, strength: Tensor | None, hold_from: float | None, cornered: bool,
-    spared: bool, scale: float, softcap: float | None,
+    spared: bool, scale: float, softcap: float | None, want_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    groups = k.shape[1]
+    """Slots are columns behind the keys. In a model every operator that is called costs more than its arithmetic."""
+    groups, keys = k.shape[1:3]
     s = _scores(q, k, scale)  # (B, H, T, S), worked on in place
     if softcap is not None:
         s = soft_capped(s, softcap)
-    at, columns = (None, None) if is_bos is None else is_bos.nonzero(as_tuple=True)
     if beta is not None:
         s.mul_(beta.unsqueeze(-1))
     _hide(s, mask)
-    base = torch.zeros_like(s[..., :1])
     if coefficients is not None:
         assert strength is not None
         # As an entropy reads it, hidden keys first; what hides a key hides it also when it is multiplied by β.
-        _put(s, at, columns, logit, counted)
-        highest = _highest(s)
-        s.sub_(highest)
-        weights = s.exp()
-        total = weights.sum(-1)
-        rows_s, rows_weights = s.flatten(0, 2).unsqueeze(1), weights.flatten(0, 2).unsqueeze(-1)
-        entropy = total.log() - torch.bmm(rows_s, rows_weights).view_as(total) / total
-        del weights, rows_weights
-        entropy = torch.where(total == 0, 0.0, entropy)
+        _put(s, is_bos, logit, counted, mask)
+        log_share = torch.log_softmax(s, -1)
+        entropy = -torch.linalg.vecdot(log_share.exp(), log_share)
+        del log_share
         sharper = EntropyScale(coefficients, strength, hold_from, spared, cornered).beta(entropy)
         s.mul_(sharper.unsqueeze(-1))
-        base = sharper.unsqueeze(-1) * highest
         if mask is not None and mask.dtype != torch.bool and bool((added := _added(mask)).any()):
             s.add_((1 - sharper.unsqueeze(-1)) * added)  # β sharpens the logits, not what the mask adds to them
         if logit is not None and not spared:
             logit = logit * sharper
-    _put(s, at, columns, logit, weight, base)
-    # What e is taken of is below 0 here, but where the BOS column or the sink stands above all keys.
-    highest = _highest(s)
-    if coefficients is None or spared or bool((highest > 0).any()):
-        s.sub_(highest)
-        base = base + highest
-    weights = s.exp_()
-    total = weights.sum(-1, keepdim=True)
-    log_z = slots.log_total((base + total.log()).squeeze(-1), slot)
-    out = _mixed(weights.view(weights.shape[0], groups, -1, weights.shape[-1]), v).view(*q.shape[:3], v.shape[3])
+    _put(s, is_bos, logit, weight, mask)
     if slot is not None:
-        # Not by way of log_z: among large logits its rounding would show in the output.
-        slot_weights = torch.exp(slot.to(base.dtype).unsqueeze(-1) - base)
-        total = total + slot_weights.sum(0)
-        if slot_value is not None:
-            out = out + torch.einsum("nbhtx,nhd->bhtd", slot_weights, slot_value.to(out.dtype))
-    share = torch.where(total == 0, 0.0, 1 / total)
-    return (out * share).to(v.dtype), log_z
+        s = torch.cat((s, slot.to(s.dtype).permute(1, 2, 3, 0)), -1)
+    share = torch.softmax(s, -1)
+    log_z = s.logsumexp(-1) if want_lse else s.new_empty(0)
+    if mask is not None:
+        nothing = s.amax(-1) <= NOTHING
+        share.masked_fill_(nothing.unsqueeze(-1), 0.0)
+        log_z = log_z.masked_fill_(nothing, float("-inf")) if want_lse else log_z
+    out = _mixed(share[..., :keys].view(q.shape[0], groups, -1, keys), v).view(*q.shape[:3], v.shape[3])
+    if slot_value is not None:
+        out = out + torch.einsum("bhtn,nhd->bhtd", share[..., keys:], slot_value.to(out.dtype))
+    return out.to(v.dtype), log_z
 
 
-@_attend_few.register_fake
-def _like_queries(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype), torch.empty(q.shape[:3], dtype=wide(q.dtype))
+_operator = custom_op("ropemods::attend_few", _attend_few, mutates_args=())
+
+
+@_operator.register_fake
+def _like_queries(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    log_z = torch.empty(q.shape[:3] if others[-1] else 0, dtype=wide(q.dtype))
+    return torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype), log_z
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     dtype, groups = wide(q.dtype), k.shape[1]
     q_BGND = (q.to(dtype) * scale).unflatten(1, (groups, -1)).flatten(2, 3)
-    # Keys times queries, and then turned: torch's product the other way round is half as fast for a few lanes.
-    q_BGDN = q_BGND.transpose(2, 3)
     runs = [k] if k.dtype == dtype else k.split(RUN, 2)
-    parts = [torch.matmul(run.to(dtype), q_BGDN) for run in runs]
-    s_BGSN = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    s = s_BGSN.transpose(2, 3).contiguous()
-    return s.view(*q.shape[:3], k.shape[2])
+    parts = [torch.matmul(q_BGND, run.to(dtype).transpose(2, 3)) for run in runs]
+    s_BGNS = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    return s_BGNS.view(*q.shape[:3], k.shape[2])
 
 
 def _mixed(weights_BGNS: Tensor, v: Tensor) -> Tensor:
@@ -138,12 +133,6 @@ def _mixed(weights_BGNS: Tensor, v: Tensor) -> Tensor:
         return torch.matmul(weights_BGNS, v)
     runs = zip(weights_BGNS.split(RUN, -1), v.split(RUN, 2), strict=True)
     return torch.stack([torch.matmul(weights, run.to(weights.dtype)) for weights, run in runs]).sum(0)
-
-
-def _highest(s: Tensor) -> Tensor:
-    """Of each row; 0 for one that sees nothing."""
-    highest = s.amax(-1, keepdim=True)
-    return torch.where(highest <= NOTHING, 0.0, highest)
 
 
 def _hide(s: Tensor, mask: Tensor | None) -> None:
@@ -160,14 +149,11 @@ def _added(mask: Tensor) -> Tensor:
     return torch.where(mask > NOTHING, mask, 0.0)
 
 
-def _put(
-    s: Tensor, at: Tensor | None, columns: Tensor | None, logit: Tensor | None, weight: Tensor | None,
-    base: Tensor | None = None,
-) -> None:  # fmt: skip
-    """The BOS columns' logits into scores that `base` was taken from; a column that the mask hides stays hidden."""
-    if at is None or columns is None or logit is None or weight is None or not len(at):
+def _put(s: Tensor, is_bos: Tensor | None, logit: Tensor | None, weight: Tensor | None, mask: Tensor | None) -> None:
+    """The BOS columns' logits into the scores; a column that the mask hides stays hidden."""
+    if is_bos is None or logit is None or weight is None:
         return
-    value = (logit + weight).to(s.dtype)
-    value = value if base is None else value - base.squeeze(-1)
-    here = s[at, :, :, columns]
-    s[at, :, :, columns] = torch.where(here < 1e5 * CLOSED, HIDDEN, value[at].clamp(min=CLOSED))
+    here = is_bos[:, None, None, :]
+    if mask is not None:
+        here = here & (s > 1e5 * CLOSED)
+    torch.where(here, (logit + weight).to(s.dtype).clamp(min=CLOSED).unsqueeze(-1), s, out=s)

@@ -73,7 +73,7 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
     if path == "flex":
         return flex.attend(rows)
     if path == "flash" and cpu_decode.fits(rows):
-        return cpu_decode.attend(rows)
+        return cpu_decode.attend(rows, want_lse=want_lse)
     if path == "flash" and _few(rows):
         out, _, lse = eager.attend(_wide(rows))
         return out, lse

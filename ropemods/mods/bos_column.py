@@ -37,11 +37,15 @@ def with_bos_column(rows: Rows, call: Call) -> Rows:
         )
     column_BN, keys = call.bos_column_BN, rows.k_BGSD.shape[2]
     batch = rows.q_BHTD.shape[0]
-    # A BOS that has left the cache (a negative column) is marked one past the end, which is then cut off.
-    marks = torch.zeros(batch, keys + 1, dtype=torch.bool, device=column_BN.device)
-    marks = marks.scatter(1, torch.where(column_BN < 0, keys, column_BN).expand(batch, -1), True)
+    if column_BN.shape[1] == 1:
+        is_bos_BS = (torch.arange(keys, device=column_BN.device) == column_BN).expand(batch, -1)
+    else:
+        # A BOS that has left the cache (a negative column) is marked one past the end, which is then cut off.
+        marks = torch.zeros(batch, keys + 1, dtype=torch.bool, device=column_BN.device)
+        marks = marks.scatter(1, torch.where(column_BN < 0, keys, column_BN).expand(batch, -1), True)
+        is_bos_BS = marks[:, :keys]
     column = Column(
-        is_bos_BS=marks[:, :keys],
+        is_bos_BS=is_bos_BS,
         is_self_BT=call.bos_is_self_BT,
         logit_BHT=soft_capped(dot_with_bos(rows.q_BHTD, bos_key(rows, call), rows.scale), rows.softcap),
         log_weight=torch.zeros((), device=rows.q_BHTD.device),

@@ -37,7 +37,7 @@ def test_rows_and_denominators_equal_fp64(case, queries, past, known, biased, so
     rows = eager.tempered(rows) if known else rows
     with torch.no_grad():
         assert cpu_decode.fits(rows)
-        out, log_z = cpu_decode.attend(rows)
+        out, log_z = cpu_decode.attend(rows, want_lse=True)
         wanted, _, wanted_log_z = eager.attend(widened(rows))
     assert out.dtype == dtype
     tolerance = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
@@ -95,7 +95,9 @@ def test_nan_stays_in_its_row_and_rows_that_see_nothing_are_zero() -> None:
     case = {"batch": 1, "groups": 1, "repeats": 2, "queries": 4, "past": 0, "dim": 16, "mask": "causal",
             "magnitude": 1.0, "bos": "none", "temperature": "all", "slots": "", "seed": 0}  # fmt: skip
     rule = problem(case, torch.float32).entropy_scale
-    out, log_z = cpu_decode.attend(Rows(q, k, v, mask=mask, causal=False, scale=0.25, entropy_scale=rule))
+    out, log_z = cpu_decode.attend(
+        Rows(q, k, v, mask=mask, causal=False, scale=0.25, entropy_scale=rule), want_lse=True
+    )
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 1, 2]]
     assert (out[:, :, 0] == 0).all() and (log_z[:, :, 0] == float("-inf")).all()
 
