@@ -15,7 +15,7 @@ from ropemods.mods import MODS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ropemods"
 
-ABOVE = ("cli", "training", "bench")
+ABOVE = ("cli", "training", "bench", "integrations")
 """Rooms that use the package as a user does, by its public names too."""
 MAY = {
     "settings": (),
@@ -39,6 +39,7 @@ MAY = {
     "cli": (
         "bench", "training", "leakage", "report", "mod_words", "attach", "model", "mods", "attention", "settings",
     ),
+    "integrations": ("training", "penalty", "leakage", "report", "schedule", "model", "settings"),
     "__main__": ("cli",),
 }  # fmt: skip
 """Room by room, a folder or a module of `ropemods`, what it may import."""

@@ -39,7 +39,8 @@ def survey(model: PreTrainedModel) -> Anatomy:
     if not found:
         raise ValueError(
             f"no attention layer of {type(model).__name__} goes through transformers' attention interface, so there is "
-            "nothing to modify; models with their own attention code are not supported"
+            "nothing to modify; models with their own attention code are not supported, nor frameworks that put theirs "
+            "in its place, as unsloth does: load the model with transformers in a process without them"
         )
     names, layers = zip(*found, strict=True)
     tables = rope_tables.find(model)

@@ -122,6 +122,13 @@ def _run(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[nn.Modu
         attached.bos_active, attached.shared_active = before
         for handle in handles:
             handle.remove()
+    around = [module for module in modules if module in taken and module not in seen]
+    if around and seen:
+        raise ValueError(
+            f"{len(around)} of the {len(taken)} attention layers that a pass of {type(model).__name__} reached make no "
+            f"call of transformers' attention interface (layer {around[0].layer_idx} is the first): something has put "
+            "its own attention in their place, which would go around the modifications; load the model without it"
+        )
     return seen, made
 
 

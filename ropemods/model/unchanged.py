@@ -19,6 +19,7 @@ from ropemods.model.anatomy import anatomy_of
 
 def watch(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list:
     """Ask from now on, about `layers` that must call ropemods' attention; returns what ends it."""
+    model.ropemods_forwards = {type(layer): type(layer).forward for layer in anatomy_of(model).layers}
     model.ropemods_configs = list({id(layer.config): layer.config for layer in layers}.values())
     for entrance in anatomy_of(model).entrances:
         entrance.ropemods_watched = [model]
@@ -40,6 +41,13 @@ def check(model: PreTrainedModel) -> None:
                 f"its modifications of attention scores on {wanted!r}; any other runs without them, or without the "
                 f"checks that apply made. Set it back with model.set_attn_implementation({wanted!r}); to go on with "
                 "another one, save_pretrained and load with ropemods.from_pretrained(path, attn_implementation=...)"
+            )
+    for layer, forward in model.ropemods_forwards.items():
+        if layer.forward is not forward:
+            raise ValueError(
+                f"the forward pass of {layer.__name__} was replaced after ropemods.apply, and goes around the "
+                "modifications; frameworks that put their own attention in its place, as unsloth does, cannot be used "
+                "with them"
             )
     if hasattr(model, "ropemods_embedding"):
         input_embedding.follow(model)

@@ -11,7 +11,8 @@ random numbers are left as they were.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import ropemods
 from ropemods.leakage.documents import Documents
 from ropemods.leakage.protocol import Protocol
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Measure inside, and training goes on as if nobody had: the model's mode and all random numbers are put back."""
+    was_training = model.training
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        torch.set_rng_state(cpu)
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
 
 
 class LeakageProbe(TrainerCallback):
@@ -64,18 +81,9 @@ class LeakageProbe(TrainerCallback):
             state.log_history[-1]["early_residual"] = self.curve[-1][1]
 
     def _measure(self, state: TrainerState, model: nn.Module) -> None:
-        was_training = model.training
-        cpu = torch.get_rng_state()
-        gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        model.eval()
-        try:
+        with undisturbed(model):
             report = ropemods.measure(
                 model, self.tokenizer, self.documents, self.protocol, bos_token_id=self.bos_token_id, progress=False
             )
-        finally:
-            model.train(was_training)
-            torch.set_rng_state(cpu)
-            if gpu:
-                torch.cuda.set_rng_state_all(gpu)
         early = report.terms["residual"].early
         self.curve.append((state.global_step, early.value, early.low, early.high))

@@ -19,6 +19,7 @@ YAML and from flags, is in `reading.py`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,17 +122,7 @@ class Recipe:
             )
         if self.options.text == "stationary" and "stationary" in self.options.arms:
             raise ValueError("text is stationary, so the arm 'stationary' is the control itself; leave it out of arms")
-        kinds = list(dict.fromkeys(mod.kind for mod in self.mods))
-        moved = [kind for entry in self.schedule or ({},) for kind in ([entry["kind"]] if entry.get("kind") else kinds)]
-        for kind in moved:
-            if kind not in kinds:
-                raise ValueError(f"schedule: kind {kind!r} is not among the mods: {', '.join(kinds)}")
-        for kind in kinds:
-            if moved.count(kind) != 1:
-                raise ValueError(
-                    f"schedule: {kind} is moved by {moved.count(kind)} of its entries and not by one; without kind an "
-                    "entry moves all modifications, and with kinds there must be one for each"
-                )
+        check_schedule(self.mods, self.schedule)
         if self.options.probe_steps and self.probe is None:
             raise ValueError("probe_steps needs a probe: {sequences: ..., length: ...}, as small as a protocol can be")
         self.schedules()
@@ -204,3 +195,18 @@ class Recipe:
             "probe": None if self.probe is None else self.probe.to_dict(),
             **self.training,
         }
+
+
+def check_schedule(mods: Sequence[Mod], schedule: Sequence[Mapping[str, Any]]) -> None:
+    """That every modification is moved by one entry of a schedule, or none by any."""
+    kinds = list(dict.fromkeys(mod.kind for mod in mods))
+    moved = [kind for entry in schedule or ({},) for kind in ([entry["kind"]] if entry.get("kind") else kinds)]
+    for kind in moved:
+        if kind not in kinds:
+            raise ValueError(f"schedule: kind {kind!r} is not among the mods: {', '.join(kinds)}")
+    for kind in kinds:
+        if moved.count(kind) != 1:
+            raise ValueError(
+                f"schedule: {kind} is moved by {moved.count(kind)} of its entries and not by one; without kind an "
+                "entry moves all modifications, and with kinds there must be one for each"
+            )

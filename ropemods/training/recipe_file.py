@@ -77,9 +77,7 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe(
             options=build(Options, checked(Options, {k: v for k, v in values.items() if k in own}, source=source)),
-            mods=tuple(mod_from(mod_record(entry)) for entry in _items(nested.get("mods", []))),
-            schedule=tuple(_schedule(entry) for entry in _items(nested.get("schedule", []))),
-            penalty=_penalty(nested["penalty"]) if "penalty" in nested else None,
+            **modifying(nested),
             lora=_lora(nested["lora"]) if "lora" in nested else None,
             protocol=_protocol(nested["protocol"], "protocol") if "protocol" in nested else None,
             probe=_protocol(nested["probe"], "probe") if "probe" in nested else None,
@@ -88,6 +86,15 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
     except (ValueError, TypeError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(source) else f"{source}: {text}") from None
+
+
+def modifying(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """`mods`, `schedule` and `penalty`, as a recipe has them, and whatever else spells them as a recipe does."""
+    return {
+        "mods": tuple(mod_from(mod_record(entry)) for entry in _items(nested.get("mods") or [])),
+        "schedule": tuple(_schedule(entry) for entry in _items(nested.get("schedule") or [])),
+        "penalty": None if nested.get("penalty") is None else _penalty(nested["penalty"]),
+    }
 
 
 def _check_installed(values: Mapping[str, Any], source: str) -> None:

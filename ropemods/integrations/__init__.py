@@ -1,0 +1,1 @@
+"""ropemods where a framework asks for a class of its own."""
