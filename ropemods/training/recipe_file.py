@@ -16,7 +16,7 @@ from typing import Any
 from ropemods.leakage.protocol import Protocol
 from ropemods.mod_words import mod_from, mod_record
 from ropemods.penalty import Penalty
-from ropemods.settings.extras import need
+from ropemods.settings.extras import MissingPackage, need
 from ropemods.settings.options import (
     REQUIRED,
     build,
@@ -97,6 +97,13 @@ def _check_installed(values: Mapping[str, Any], source: str) -> None:
         need("peft", f"{source}: lora")
     if values.get("deepspeed") is not None:
         need("deepspeed", f"{source}: deepspeed")
+    if values.get("report_to") is not None:
+        from ropemods.training.reporters import reporters
+
+        try:
+            reporters(values["report_to"])
+        except (ValueError, MissingPackage) as error:
+            raise type(error)(f"{source}: {error}") from None
     for key in ("data", "held_out_data"):
         if isinstance(name := values.get(key), str) and not Source(name=name).is_local():
             need("datasets", f"{source}: {key} is {name!r}, which is no file here; reading it as a dataset")
