@@ -24,10 +24,10 @@ def write_results(session: Session, results: list[ArmResult]) -> str:
     reports = {r.name: report for r in results if (report := r.read_report(session.folder)) is not None}
     made = table(results, reports)
     write_text(session.folder / "table.md", made + "\n")
+    compared = _compared(session, results, reports)
     for result in results:
         if result.model is not None:
-            write_card(session, result, made)
-    compared = _compared(session, results, reports)
+            write_card(session, result, made, compared.get(result.seed or 0))
     said = [made, *(_sentences(seed, each) for seed, each in compared.items())]
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
