@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from ropemods.leakage.protocol import Protocol
-from ropemods.mod_words import mod_from, mod_record
+from ropemods.mod_words import mod_from, mod_records
 from ropemods.penalty import Penalty
 from ropemods.settings.extras import MissingPackage, need
 from ropemods.settings.options import (
@@ -77,7 +78,7 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe(
             options=build(Options, checked(Options, {k: v for k, v in values.items() if k in own}, source=source)),
-            mods=tuple(mod_from(mod_record(entry)) for entry in _items(nested.get("mods", []))),
+            mods=tuple(mod_from(each) for entry in _items(nested.get("mods", [])) for each in mod_records(entry)),
             schedule=tuple(_schedule(entry) for entry in _items(nested.get("schedule", []))),
             penalty=_penalty(nested["penalty"]) if "penalty" in nested else None,
             lora=_lora(nested["lora"]) if "lora" in nested else None,
@@ -163,6 +164,8 @@ def _flag_value(texts: list[str], hint: Any) -> Any:
         value = from_text(texts, hint)
         # Where a mapping may stand as well as text, what looks like one is one.
         return scalar(value) if isinstance(value, str) and value[:1] in "{[" else value
+    if hint is None and re.fullmatch(r"[\w.-]+(,[\w.-]+)+", texts[0]):  # --protocol.early 8,16
+        texts = [part for text in texts for part in text.split(",")]
     return [scalar(text) for text in texts] if len(texts) > 1 else scalar(texts[0])
 
 
@@ -178,8 +181,9 @@ def _overlaid(values: dict[Any, Any], given: Mapping[str, Any]) -> dict[Any, Any
         values[outer] = {**held, inner: value}
     tuples = [name for name, hint in typing.get_type_hints(Options).items() if typing.get_origin(hint) is tuple]
     for name in tuples:  # --arms base, --arms base,control
-        if isinstance(values.get(name), str):
-            values[name] = items([values[name]])
+        given_list = values[name] if isinstance(values.get(name), list) else [values.get(name)]
+        if all(isinstance(each, str) for each in given_list):
+            values[name] = items(given_list)
     return values
 
 

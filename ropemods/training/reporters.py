@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from ropemods.settings.extras import MissingPackage
-from ropemods.settings.options import did_you_mean
+from ropemods.settings.options import did_you_mean, items
 
 ReportTo = str | list[str] | tuple[str, ...] | None
 
@@ -38,7 +38,7 @@ def add_reporters(trainer: Trainer, report_to: ReportTo) -> None:
 
 def reporters(report_to: ReportTo) -> list[type[TrainerCallback]]:
     """The callbacks of `report_to`; an error for one that is unknown or not installed."""
-    named = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    named = items([report_to]) if isinstance(report_to, str) else list(report_to or [])
     names = get_available_reporting_integrations() if "all" in named else [each for each in named if each != "none"]
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
