@@ -181,9 +181,9 @@ def _overlaid(values: dict[Any, Any], given: Mapping[str, Any]) -> dict[Any, Any
         values[outer] = {**held, inner: value}
     tuples = [name for name, hint in typing.get_type_hints(Options).items() if typing.get_origin(hint) is tuple]
     for name in tuples:  # --arms base, --arms base,control
-        given_list = values[name] if isinstance(values.get(name), list) else [values.get(name)]
-        if all(isinstance(each, str) for each in given_list):
-            values[name] = items(given_list)
+        listed: list[Any] = values[name] if isinstance(values.get(name), list) else [values.get(name)]
+        if all(isinstance(each, str) for each in listed):
+            values[name] = items(listed)
     return values
 
 
