@@ -26,8 +26,19 @@ EXAMPLE = (
 )
 COMMA = re.compile(r",(?![^\[]*\])")
 """One that is not inside brackets."""
+NEXT = re.compile(r",(?![^\[]*\])(?=\s*[A-Za-z_][\w.]*\s*(?::|,|$))")
+"""A comma before another modification: what follows is a word alone, or one with a colon, and no option=value."""
 PLACED = re.compile(r"\s*([A-Za-z_][\w.]*:[A-Z]\w*)\s*(?::(.*))?", re.DOTALL)
 """One of a user's own, `module:Class:options`; `ropemods.mods.outside` says why the capital."""
+
+
+def mod_records(written: Any) -> list[dict[str, Any]]:
+    """The records of one word: a modification, or several with commas between them."""
+    return (
+        [mod_record(each.strip()) for each in NEXT.split(written)]
+        if isinstance(written, str)
+        else [mod_record(written)]
+    )
 
 
 def mod_record(written: Any) -> dict[str, Any]:

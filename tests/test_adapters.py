@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.utils import hotswap
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import ropemods as rm
+from ropemods.model import adapter_card
 from tests import zoo
 from tests.contract import close
 
@@ -258,3 +261,55 @@ def test_adapters_are_weighed_against_each_other_where_the_modifications_have_no
     wrapped.add_weighted_adapter(["default", "second"], [1.0, 0.0], "mixed", combination_type="cat")
     wrapped.set_adapter("mixed")
     close(wrapped(zoo.tokens()).logits, before, 1e-5)
+
+
+def snippet(folder: Path) -> PreTrainedModel:
+    """The model that the Python in a folder's card gives, run as it stands there."""
+    made: dict = {}
+    (lines,) = [part.split("```")[0] for part in (folder / "README.md").read_text().split("```python\n")[1:]]
+    exec(lines, made)
+    return made["model"].eval()
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["peft", "transformers"])
+def test_the_card_in_an_adapter_folder_loads_it_and_has_metadata_that_the_hub_reads(base, tmp_path, native) -> None:
+    model, ids = loaded(base, rm.TruncatedRoPE(0.5), rm.LearnedSink(), calibration=zoo.tokens()), zoo.tokens()
+    if native:
+        model.add_adapter(lora())
+        folders = {"": model}
+    else:
+        model = get_peft_model(model, lora())
+        model.add_adapter("second", lora())
+        folders = {"": model, "second": model}
+    model.save_pretrained(tmp_path / "out")
+    for name in folders:
+        folder = tmp_path / "out" / name
+        if name:
+            model.set_adapter(name)
+        close(snippet(folder)(ids).logits, model.eval()(ids).logits, 1e-6)
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+        assert card.data.library_name == "peft" and "ropemods" in card.data.tags
+        assert base not in card.data.to_yaml()  # a folder here has no page there
+        assert "- TruncatedRoPE(keep=0.5), strength 1" in card.text and "More Information Needed" not in card.text
+
+
+def test_what_somebody_wrote_in_an_adapters_card_stays(base, tmp_path) -> None:
+    model = get_peft_model(loaded(base, rm.TruncatedRoPE(0.5)), lora(keep=False))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nIt is good.\n")
+    for strength in (1.0, 0.5):
+        rm.set_strength(model, strength)
+        model.save_pretrained(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and card.text.count("# Mine\n\nIt is good.") == 1
+    assert card.text.count(adapter_card.LOADING) == 1 and "strength 0.5" in card.text and "strength 1" not in card.text
+    assert card.text.count("### Framework versions") == 1
+    snippet(folder)
+
+
+def test_the_base_of_an_adapters_card_is_one_that_has_a_page(tmp_path) -> None:
+    adapter_card.write(tmp_path, [rm.TruncatedRoPE(0.5)], {"truncated_rope": 1.0}, "HuggingFaceTB/SmolLM2-135M")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "HuggingFaceTB/SmolLM2-135M"
+    adapter_card.write(tmp_path, [rm.TruncatedRoPE(0.5)], {"truncated_rope": 1.0}, str(tmp_path / "gone"))
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None

@@ -194,7 +194,7 @@ def test_the_flag_wins_over_yaml_in_both_directions(tmp_path: Path) -> None:
         (["m", "--stesp", "3"], "there is no option --stesp (did you mean '--steps'?)"),
         (["m", "--step", "3"], "there is no option --step (did you mean '--steps'?)"),
         (["m", "--steps", "many"], "--steps takes a whole number, found 'many' (text)"),
-        (["m", "--steps"], "argument --steps: expected one argument"),
+        (["m", "--steps"], "--steps: expected one argument"),
         (["m", "n"], "'n' is one argument too many"),
         ([], "MODEL is missing; `ropemods sample --help` shows an example"),
         (["--tags", "a", "m"], "(--tags takes every word up to the next flag, so put MODEL before it)"),
@@ -237,3 +237,13 @@ def test_the_same_values_as_flags_and_as_yaml_give_the_same_options(
         elif name != "model":
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     assert from_flags(*words) == from_flags("--config", str(path)) == Sample(**values)
+
+
+def test_yaml_takes_a_list_of_numbers_as_a_flag_does(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for written in ("8,64", "8 64", "[8, 64]"):
+        file.write_text(f"early: {written}\n")
+        assert from_yaml(Sample, file) == {"early": (8, 64)}
+    file.write_text("tags: a,b\n")  # a text may hold a comma
+    with pytest.raises(ValueError, match="tags takes a list of texts, found 'a,b'"):
+        from_yaml(Sample, file)

@@ -29,6 +29,11 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit codes, beside 0: what the user can mend; output that nobody read to the end, or a bug, with its traceback;
 Ctrl-C or a termination."""
 
+EXIT_CODES = (
+    f"exit codes: 0 done; {USER_ERROR} what you can mend, told in one line; {FAILURE} a bug, with its traceback, or\n"
+    f"output that was not read to its end; {INTERRUPTED} Ctrl-C or a termination"
+)
+
 LONGEST_MESSAGE = 700
 """Some messages of transformers list every architecture that it knows."""
 
@@ -46,7 +51,9 @@ def main(words: list[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     name = words[0] if words else ""
-    if name == "help" and len(words) == 2 and words[1] in COMMANDS:
+    if name in ("--help", "-h", "help") and len(words) > 1:
+        if words[1] not in COMMANDS:
+            return _no_command(words[1])
         print(help_text(load(words[1]), words[1]))
     elif name in ("--help", "-h", "help"):
         print(overview())
@@ -55,12 +62,16 @@ def _main(words: list[str]) -> int:
     elif name in COMMANDS:
         return _run(load(name), name, words[1:])
     else:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        found = f"there is no command {name!r}" if name else "no command was given"
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
-        print(f"ropemods: error: {found}{meant}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
-        return USER_ERROR
+        return _no_command(name)
     return 0
+
+
+def _no_command(name: str) -> int:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    found = f"there is no command {name!r}" if name else "no command was given"
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    print(f"ropemods: error: {found}{meant}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+    return USER_ERROR
 
 
 def load(name: str) -> Command:
@@ -72,7 +83,8 @@ def overview() -> str:
     """What `ropemods --help` prints."""
     lines = ["usage: ropemods COMMAND ...", "", ropemods.__doc__ or "", ""]
     lines += [f"  {name:<12}{load(name).summary()}" for name in COMMANDS]
-    return "\n".join([*lines, "", "`ropemods COMMAND --help` shows its options and an example; also: --version"])
+    lines += ["", "`ropemods COMMAND --help` shows its options and an example; also: --version"]
+    return "\n".join([*lines, EXIT_CODES])
 
 
 def versions() -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ropemods.cli.command import Command
-from ropemods.mod_words import known_mods, mod_from, mod_record
+from ropemods.mod_words import known_mods, mod_from, mod_records
 from ropemods.settings.options import REQUIRED, option
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Options:
     model: str = option(REQUIRED, "folder of a stock model, or its name on the hub", positional=True)
     gguf_file: str | None = option(None, "the GGUF file in MODEL to read", metavar="FILE", unset="none")
     output: str = option(REQUIRED, "folder to write; made if it is not there", positional=True)
-    mods: tuple[Any, ...] = option(REQUIRED, "modifications, in order; listed below", metavar="MOD", parse=mod_record)
+    mods: tuple[Any, ...] = option(REQUIRED, "modifications, in order; listed below", metavar="MOD", parse=mod_records)
     strength: float = option(1.0, "of all modifications, from 0 (the stock model) to 1 (in full)")
     attn_implementation: str | None = option(
         None, "sdpa or eager", metavar="NAME", unset="what transformers chooses for the model"

@@ -64,6 +64,9 @@ def parse(command: Command, name: str, words: list[str]) -> Any:
     if unknown:
         _refuse(unknown, command)
     hints = {spelt(key): hint for key, hint in typing.get_type_hints(command.options).items()}
+    for key, value in values.items():
+        if value == "" or (isinstance(value, list) and not any(map(str.strip, value)) and value):
+            raise ValueError(f"{_as_given(key, command)} is empty; give a value, or leave it out for the default")
     typed = {key: _typed(value, hints[key]) for key, value in values.items()}
     flags = checked(command.options, typed, source=None)
     try:
@@ -76,9 +79,16 @@ def _typed(value: bool | str | list[str], hint: Any) -> Any:
     return value if isinstance(value, bool) else from_text(value if isinstance(value, list) else [value], hint)
 
 
+def _as_given(key: str, command: Command) -> str:
+    positional = {spelt(name) for name, field in fields(command.options).items() if declared(field).positional}
+    return key.upper() if key in positional else f"--{key}"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(
+            re.sub("^argument ", "", message).replace("ignored explicit argument", "is on or off and takes no")
+        )
 
 
 def _parser(command: Command) -> _Parser:

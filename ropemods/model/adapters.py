@@ -22,6 +22,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from ropemods.model import adapter_card
 from ropemods.model.attention_layers import Stages
 from ropemods.model.config_record import parse
 from ropemods.model.on_import import when_imported, wrap
@@ -99,7 +100,7 @@ def _saving(stock: Callable, model: Any, save_directory: Any, *args: Any, **kwar
     result = stock(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         for adapter in chosen:
-            _describe(Path(save_directory) / ("" if adapter == "default" else adapter), inner.config.ropemods)
+            _describe(Path(save_directory) / ("" if adapter == "default" else adapter), inner)
     return result
 
 
@@ -110,7 +111,7 @@ def _saving_native(stock: Callable, model: Any, save_directory: Any, *args: Any,
     _check_saved(model, model.active_adapters())
     result = stock(model, save_directory, *args, **kwargs)
     if args[0] if args else kwargs.get("is_main_process", True):
-        _describe(Path(save_directory), model.config.ropemods)
+        _describe(Path(save_directory), model)
     return result
 
 
@@ -214,13 +215,15 @@ def _check_saved(inner: nn.Module, adapters: list[str]) -> None:
             )
 
 
-def _describe(folder: Path, record: dict[str, Any]) -> None:
-    write_text(folder / FILE, json.dumps(record, indent=2) + "\n")
+def _describe(folder: Path, inner: Any) -> None:
+    write_text(folder / FILE, json.dumps(inner.config.ropemods, indent=2) + "\n")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     if not config["peft_type"].startswith(PREFIX):
         config["peft_type"] = PREFIX + config["peft_type"]
         write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    attached = inner.ropemods_attached
+    adapter_card.write(folder, attached.mods, attached.strength, config.get("base_model_name_or_path") or "")
 
 
 def is_adapter(path: str | os.PathLike) -> bool:

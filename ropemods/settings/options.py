@@ -44,7 +44,7 @@ class Declared:
     unset: str | None
     """What happens when the option is left at None, in words for the help."""
     parse: Callable[[Any], Any] | None
-    """For a list whose items may be written in more than one way: reads one item."""
+    """For a list whose items may be written in more than one way: reads one item, or a list of several in one word."""
 
 
 def option(
@@ -108,15 +108,23 @@ def checked(options: type, values: Mapping[Any, Any], *, source: str | None) -> 
         name = names[written]
         label = f"--{written}" if source is None else f"{source}: {written}"
         parse = declared(known[name]).parse
+        if source is not None and parse is None and isinstance(value, str) and _lists_no_text(hints[name]):
+            value = from_text([value], hints[name])  # 8,64 as a flag would have it
         result[name] = converted(value, hints[name], label) if parse is None else _parsed(value, parse, label)
     return result
+
+
+def _lists_no_text(hint: Any) -> bool:
+    lists = [each for each in alternatives(hint) if typing.get_origin(each) is tuple]
+    return bool(lists) and str not in alternatives(hint) and str not in alternatives(typing.get_args(lists[0])[0])
 
 
 def _parsed(value: Any, parse: Callable[[Any], Any], label: str) -> Any:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{label} takes a list, found {shown(value)}; write [{value}], or one item a line")
     try:
-        return tuple(parse(item) for item in value)
+        made = [parse(item) for item in value]
+        return tuple(each for item in made for each in (item if isinstance(item, list) else [item]))
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
 

@@ -21,6 +21,7 @@ from ropemods.training.fit import Fitted, fit, probe_ids
 from ropemods.training.measuring import Measured
 from ropemods.training.session import Session
 from ropemods.training.token_rows import Text
+from ropemods.training.tracked_arm import TrackedArm, scalars, tracked
 
 
 class ReloadDiffers(RuntimeError):
@@ -74,24 +75,36 @@ def run_arm(session: Session, arm: Arm, seed: int | None) -> ArmResult:
     session.say(f"{name}:")
     if session.first:
         folder.mkdir(parents=True, exist_ok=True)
-    peak_memory.restart()
-    if seed is None:
-        model, fitted, difference = _untrained(session, arm), None, None
-    else:
-        model, fitted, difference = _trained(session, arm, seed, text, folder)
-    found = measuring.measure(
-        model,
-        session.base.tokenizer,
-        session.data[session.recipe.options.text],
-        session.recipe.protocol,
-        bos=session.base.bos,
-        device=session.device,
-        batch_size=session.batch[0],
-        command=session.command,
-    )
-    result = _result(session, arm, seed, identity, folder, found, fitted, difference)
+    with tracked(session, name, folder, _before(session)) as run:
+        peak_memory.restart()
+        if seed is None:
+            model, fitted, difference = _untrained(session, arm), None, None
+        else:
+            model, fitted, difference = _trained(session, arm, seed, text, folder, run)
+        found = measuring.measure(
+            model,
+            session.base.tokenizer,
+            session.data[session.recipe.options.text],
+            session.recipe.protocol,
+            bos=session.base.bos,
+            device=session.device,
+            batch_size=session.batch[0],
+            command=session.command,
+        )
+        result = _result(session, arm, seed, identity, folder, found, fitted, difference)
+        run.measured(scalars(found.loss, found.report), model)
+        run.close(model, failed=False)
     session.say(f"  held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}")
     return result
+
+
+def _before(session: Session) -> dict[str, float]:
+    """What was measured of the model that every trained arm starts from, where that has been done."""
+    path = session.folder / "base" / "result.json"
+    if "base" not in session.recipe.options.arms or not path.is_file():
+        return {}
+    base = read_result(path)
+    return scalars(base.loss, base.read_report(session.folder))
 
 
 def _untrained(session: Session, arm: Arm) -> nn.Module:
@@ -103,7 +116,7 @@ def _untrained(session: Session, arm: Arm) -> nn.Module:
 
 
 def _trained(
-    session: Session, arm: Arm, seed: int, text: Text, folder: Path
+    session: Session, arm: Arm, seed: int, text: Text, folder: Path, run: TrackedArm
 ) -> tuple[nn.Module, Fitted | None, float | None]:
     set_seed(seed)  # what LoRA draws
     model = models.load(session.recipe, session.base)
@@ -113,7 +126,7 @@ def _trained(
     model = models.with_lora(session.recipe, model, mods=mods)
     session.say(f"  {models.trainable(model)}")
     penalty = session.recipe.penalty if arm.mods else None
-    fitted = fit(session, model, folder, arm=arm.name, mods=mods, penalty=penalty, seed=seed, text=text)
+    fitted = fit(session, model, folder, arm=arm.name, mods=mods, penalty=penalty, seed=seed, text=text, run=run)
     del model
     back = models.reload(session.recipe, session.base, fitted.model, mods=mods, dtype=fitted.dtype)
     return back, fitted, _difference(session, back, fitted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ropemods.report.comparison import Comparison
 from ropemods.report.words import count
 from ropemods.settings.files import write_text
 from ropemods.settings.versions import versions_of
@@ -21,14 +22,22 @@ def versions() -> dict[str, str]:
     return versions_of(*PACKAGES)
 
 
-def write_card(session: Session, result: ArmResult, table: str) -> Path:
-    """README.md in the folder of a trained model."""
+PLOT = "leakage.svg"
+
+
+def write_card(session: Session, result: ArmResult, table: str, compared: Comparison | None) -> Path:
+    """README.md in the folder of a trained model, and the figure that it shows."""
     assert result.model is not None
     folder = session.folder / result.model
-    return write_text(folder / "README.md", card(session, result, table))
+    plot = None
+    if compared is not None:
+        figure = compared.plot()
+        figure.save(folder / PLOT)
+        plot = figure.name
+    return write_text(folder / "README.md", card(session, result, table, plot=plot))
 
 
-def card(session: Session, result: ArmResult, table: str) -> str:
+def card(session: Session, result: ArmResult, table: str, *, plot: str | None) -> str:
     assert result.model is not None
     recipe, arm = session.recipe, ARMS[result.arm]
     options, lora = recipe.options, recipe.lora is not None
@@ -77,6 +86,7 @@ def card(session: Session, result: ArmResult, table: str) -> str:
         "",
         table,
         "",
+        *([f"![{plot}]({PLOT})", ""] if plot else []),
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
     return "\n".join(lines) + "\n"
@@ -84,8 +94,13 @@ def card(session: Session, result: ArmResult, table: str) -> str:
 
 def _front_matter(base: str, *, lora: bool) -> list[str]:
     """What the hub reads. A local base has no page there to link to."""
-    library = "peft" if lora else "transformers"
-    lines = ["---", f"library_name: {library}", "tags: [ropemods]"]
-    if not Path(base).exists():
-        lines.append(f"base_model: {base}")
-    return [*lines, "---", ""]
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name="peft" if lora else "transformers",
+        tags=["ropemods"],
+        pipeline_tag="text-generation",
+        base_model=None if Path(base).exists() else base,
+        base_model_relation=None if Path(base).exists() else "adapter" if lora else "finetune",
+    )
+    return ["---", data.to_yaml(), "---", ""]

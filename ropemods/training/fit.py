@@ -23,9 +23,9 @@ from ropemods.training.guard import Diverged, LossGuard
 from ropemods.training.leakage_probe import LeakageProbe
 from ropemods.training.measuring import held_out_documents
 from ropemods.training.progress import Progress
-from ropemods.training.reporters import add_reporters
 from ropemods.training.session import Session
 from ropemods.training.token_rows import Text
+from ropemods.training.tracked_arm import TrackedArm
 
 PROBED_TOKENS = 64
 """Tokens of held-out text on which a saved model is held against the one in memory."""
@@ -78,6 +78,7 @@ def fit(
     penalty: Penalty | None,
     seed: int,
     text: Text,
+    run: TrackedArm,
 ) -> Fitted:
     """Train `model`, from the last complete checkpoint in `folder` if there is one, and save it to `folder`/model."""
     recipe, data = session.recipe, session.data[text]
@@ -99,6 +100,7 @@ def fit(
             bos_token_id=session.base.bos,
         )
         probes = [probe]
+        run.probe = probe
     args = session.arguments(
         output_dir=str(folder),
         seed=seed,
@@ -120,7 +122,7 @@ def fit(
     stated.trainer = trainer
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
     trainer.add_callback(Progress)
-    add_reporters(trainer, recipe.training.get("report_to"))
+    trainer.add_callback(run)
     if start is not None:
         kept.seconds_before = checkpoints.read(start)["seconds"]
         session.say(f"  resuming from {start}")

@@ -12,6 +12,7 @@ random numbers are left as they were.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if gpu:
             torch.cuda.set_rng_state_all(gpu)
+
+
+def with_ends(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    """A value under its name, and the ends of its interval where they are known."""
+    ends = {name: value, f"{name}_low": low, f"{name}_high": high}
+    return {key: end for key, end in ends.items() if not math.isnan(end)}
 
 
 class LeakageProbe(TrainerCallback):
@@ -77,8 +84,12 @@ class LeakageProbe(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
         if "loss" in logs and self.curve and self.curve[-1][0] == state.global_step:
-            logs["early_residual"] = self.curve[-1][1]
-            state.log_history[-1]["early_residual"] = self.curve[-1][1]
+            logs |= self.logged()
+            state.log_history[-1] |= self.logged()
+
+    def logged(self) -> dict[str, float]:
+        """The last point as it stands in a log: empty before the first."""
+        return with_ends("early_residual", *self.curve[-1][1:]) if self.curve else {}
 
     def _measure(self, state: TrainerState, model: nn.Module) -> None:
         with undisturbed(model):

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from ropemods.leakage.protocol import Protocol
-from ropemods.mod_words import mod_from, mod_record
+from ropemods.mod_words import mod_from, mod_records
 from ropemods.penalty import Penalty
-from ropemods.settings.extras import need
+from ropemods.settings.extras import MissingPackage, need
 from ropemods.settings.options import (
     REQUIRED,
     build,
@@ -91,7 +92,7 @@ def from_values(values: Mapping[str, Any], *, source: str) -> Recipe:
 def modifying(nested: Mapping[str, Any]) -> dict[str, Any]:
     """`mods`, `schedule` and `penalty`, as a recipe has them, and whatever else spells them as a recipe does."""
     return {
-        "mods": tuple(mod_from(mod_record(entry)) for entry in _items(nested.get("mods") or [])),
+        "mods": tuple(mod_from(each) for entry in _items(nested.get("mods") or []) for each in mod_records(entry)),
         "schedule": tuple(_schedule(entry) for entry in _items(nested.get("schedule") or [])),
         "penalty": None if nested.get("penalty") is None else _penalty(nested["penalty"]),
     }
@@ -104,6 +105,13 @@ def _check_installed(values: Mapping[str, Any], source: str) -> None:
         need("peft", f"{source}: lora")
     if values.get("deepspeed") is not None:
         need("deepspeed", f"{source}: deepspeed")
+    if values.get("report_to") is not None:
+        from ropemods.training.reporters import reporters
+
+        try:
+            reporters(values["report_to"])
+        except (ValueError, MissingPackage) as error:
+            raise type(error)(f"{source}: {error}") from None
     for key in ("data", "held_out_data"):
         if isinstance(name := values.get(key), str) and not Source(name=name).is_local():
             need("datasets", f"{source}: {key} is {name!r}, which is no file here; reading it as a dataset")
@@ -163,6 +171,8 @@ def _flag_value(texts: list[str], hint: Any) -> Any:
         value = from_text(texts, hint)
         # Where a mapping may stand as well as text, what looks like one is one.
         return scalar(value) if isinstance(value, str) and value[:1] in "{[" else value
+    if hint is None and re.fullmatch(r"[\w.-]+(,[\w.-]+)+", texts[0]):  # --protocol.early 8,16
+        texts = [part for text in texts for part in text.split(",")]
     return [scalar(text) for text in texts] if len(texts) > 1 else scalar(texts[0])
 
 
@@ -178,8 +188,9 @@ def _overlaid(values: dict[Any, Any], given: Mapping[str, Any]) -> dict[Any, Any
         values[outer] = {**held, inner: value}
     tuples = [name for name, hint in typing.get_type_hints(Options).items() if typing.get_origin(hint) is tuple]
     for name in tuples:  # --arms base, --arms base,control
-        if isinstance(values.get(name), str):
-            values[name] = items([values[name]])
+        listed: list[Any] = values[name] if isinstance(values.get(name), list) else [values.get(name)]
+        if all(isinstance(each, str) for each in listed):
+            values[name] = items(listed)
     return values
 
 

@@ -30,7 +30,8 @@ MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "arms", "seeds", "distributed", "world_size", "protocol", "probe",
     "probe_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "deepspeed",
     "save_steps", "save_strategy", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "logging_strategy",
-    "logging_first_step", "run_name", "held_out_rows", "held_out_join",
+    "logging_first_step", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "held_out_rows", "held_out_join",
 }  # fmt: skip
 """Keys that do not change what is trained; a run may be resumed under other values of these."""
 

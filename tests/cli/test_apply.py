@@ -29,6 +29,10 @@ STORIES = REPOSITORY / ".." / "shared" / "data" / "models" / "stories260K"
             [rm.TruncatedRoPE(0.0, layers=(-1,)), rm.LearnedSink(-1.5)],
         ),
         (
+            "'truncated_rope:keep=0.5,layers=[0,1],learned_sink:init=-1.5,output_gate'",
+            [rm.TruncatedRoPE(0.5, layers=(0, 1)), rm.LearnedSink(-1.5), rm.OutputGate()],
+        ),
+        (
             "replaced_bos:by=noise adaptive_temperature:beyond=hold",
             [rm.ReplacedBos("noise"), rm.AdaptiveTemperature(beyond="hold")],
         ),

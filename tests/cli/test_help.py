@@ -52,6 +52,7 @@ def test_overview_names_every_command_and_version_what_a_bug_report_needs(capsys
     run("--help")
     overview = capsys.readouterr().out
     assert all(re.search(rf"^  {name} +\w", overview, re.MULTILINE) for name in COMMANDS)
+    assert all(f"{code} " in overview.partition("exit codes: ")[2] for code in (0, 1, 2, 130))
     run("--version")
     version = capsys.readouterr().out
     assert version.startswith(f"ropemods {rm.__version__} (torch {torch.__version__}")

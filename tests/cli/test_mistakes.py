@@ -45,6 +45,11 @@ from tests.cli.program import refused
         ("apply model model --mods learned_sink", "holds what is read"),
         ("apply model . --mods learned_sink --overwrite", "holds what is read"),
         ("export model out", "model records no modification"),
+        ("help mesure", "there is no command 'mesure' (did you mean 'measure'?)"),
+        ("--help aply", "there is no command 'aply' (did you mean 'apply'?)"),
+        ("apply '' out --mods truncated_rope", "MODEL is empty; give a value"),
+        ("bench --lengths ''", "--lengths is empty; give a value"),
+        ("apply model out --mods truncated_rope --overwrite=yes", "--overwrite: is on or off and takes no 'yes'"),
         ("show model --jsn", "(did you mean '--json'?)"),
     ],
 )
@@ -53,7 +58,7 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(
 ) -> None:
     (here / "empty").mkdir()
     message = refused(line, capsys)
-    assert re.match(r"ropemods( apply| show| export)?: error: ", message)
+    assert re.match(r"ropemods( apply| show| export| bench)?: error: ", message)
     assert says in message
     assert sorted(entry.name for entry in here.iterdir()) == ["empty", "model"]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,6 +99,12 @@ def test_each_trained_model_is_what_was_in_memory_and_loads_as_its_card_says(out
         ):
             assert words in card
         assert not list(folder.glob("*.bin"))
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
+        assert data.library_name == "transformers" and data.tags == ["ropemods"]
+        assert data.pipeline_tag == "text-generation" and data.base_model is None  # a folder has no page to link to
+        assert "| modified, mean of 2 seeds |" in card
+        shown = re.findall(r"!\[.+\]\((.+)\)", card)
+        assert shown == ["leakage.svg"] and ET.parse(folder / shown[0]).getroot().tag.endswith("svg")
 
 
 def test_the_probe_stands_beside_the_loss(output: Path) -> None:

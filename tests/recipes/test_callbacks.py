@@ -30,6 +30,7 @@ def test_reporters_behind_the_callbacks_see_the_strength(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         reporters, "get_reporting_integration_callbacks", lambda names: asked.append(names) or [Recorder] * len(names)
     )
+    monkeypatch.setattr(reporters, "PACKAGES", {})  # it need not be installed here
     Recorder.logs = []
     run = trainer(tmp_path, model(), StrengthSchedule(steps=2, shape="linear"))
     reporters.add_reporters(run, "none")

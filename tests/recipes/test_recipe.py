@@ -157,3 +157,17 @@ def test_recipes_are_plain_yaml(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         from_command_line(["--config", str(path)])
     assert yaml.safe_load(tiny.write_recipe(path, M, T, OUT).read_text())["mods"][0]["kind"] == "truncated_rope"
+
+
+def test_lists_of_a_recipe_stand_apart_or_with_commas(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, text, tmp_path / "out")
+    for arms in (["base", "control"], ["base,control"]):
+        assert from_command_line(["--config", str(recipe), "--arms", *arms]).options.arms == ("base", "control")
+
+    for key, wanted in (
+        ("protocol.early", [8, 16]),
+        ("lora.target_modules", ["q_proj", "v_proj"]),
+    ):
+        words = [str(each) for each in wanted]
+        assert flags([f"--{key}", *words]) == flags([f"--{key}", ",".join(words)]) == {key: wanted}
+    assert flags(["--mods", "truncated_rope:keep=0.5,which=lowest"])["mods"] == "truncated_rope:keep=0.5,which=lowest"
