@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +18,10 @@ from ropemods.attention.rows import Rows
 from ropemods.model import attention_function, deviations
 from ropemods.model.anatomy import survey
 from ropemods.model.attention_layers import attention_layers
-from tests import zoo
+from tests import forked, zoo
 
 OPTIONS = {"early": (4, 8), "window": 4, "late": 4}
 LENGTH = 24
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def batch(seed: int = 0, rows: int = 4) -> dict[str, Tensor]:
@@ -538,13 +534,7 @@ def test_two_ranks_penalise_as_one_process_does(kind: str, tmp_path: Path) -> No
     from tests.ranks import penalty_worker
 
     wanted, model = penalty_worker.alone()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "tests.ranks.penalty_worker", kind]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    forked.run(penalty_worker.main, kind, tmp_path, ranks=2)
     found = json.loads((tmp_path / "losses.json").read_text())
     assert found == pytest.approx(wanted, abs=2e-4)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

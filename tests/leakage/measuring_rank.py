@@ -1,11 +1,6 @@
-"""One rank that measures the zoo's llama; started by `test_measure.py`.
-
-torchrun --nproc_per_node 2 tests/leakage/measuring_rank.py whole|zero3 OUTPUT
-"""
+"""One rank that measures the zoo's llama, whole or spread by ZeRO-3; started by `test_measure.py`."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 import torch.distributed as dist
@@ -45,7 +40,3 @@ def main(kind: str, folder: str) -> None:
     )
     report.to_json(f"{folder}/{dist.get_rank()}.json")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

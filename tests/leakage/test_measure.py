@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import ropemods as rm
-from tests import zoo
+from tests import forked, zoo
+from tests.leakage import measuring_rank
 from tests.leakage.small import PROTOCOL, apart, documents, real, text, tokenizer
 from tests.leakage.test_capture import MODS
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def measured(model: torch.nn.Module, **options: object) -> rm.Report:
@@ -246,11 +242,7 @@ def test_two_ranks_give_the_report_of_one(tmp_path: Path, kind: str) -> None:
     """Real processes over gloo; with ZeRO-3 each holds half of every parameter."""
     if kind == "zero3":
         pytest.importorskip("deepspeed")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    worker = [str(REPOSITORY / "tests" / "leakage" / "measuring_rank.py"), kind, str(tmp_path)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(measuring_rank.main, kind, str(tmp_path), ranks=2)
     # An odd number of sequences in a fold, so that a rank must fill up.
     alone = rm.measure(
         zoo.build("llama"), tokenizer(), documents(), PROTOCOL, interventions=("zero", "clamp"), progress=False

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from ropemods.leakage.crops import Crops
 from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
+from tests import forked
 from tests.leakage.synthetic import band_of
 
 PROTOCOL = Protocol(sequences=24, length=32, groups=8, early=(8, 16), grid_rows=12, batch_size=2)
@@ -75,16 +75,17 @@ def measure(share: Crops, *, distributed: bool) -> tuple[Sums, int]:
     return sums, batches
 
 
-def rank_main(rank: int, world: int, folder: str) -> None:
+def rank_main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
     try:
         sums, batches = measure(crops().shard(rank, world), distributed=True)
-        torch.save({**sums.state(), "batches": torch.tensor(batches)}, f"{folder}/{rank}.pt")
+        torch.save({**sums.state(), "batches": torch.tensor(batches)}, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def on_two_ranks(folder: Path) -> list[dict[str, Tensor]]:
-    mp.start_processes(rank_main, args=(2, str(folder)), nprocs=2, start_method="spawn")
+    forked.run(rank_main, folder, ranks=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -1,7 +1,5 @@
 """One rank of a run that trains a stock model with the leakage penalty; started by `tests/test_penalty.py`.
 
-    torchrun --nproc_per_node 2 -m tests.ranks.penalty_worker zero2|zero3|fsdp2|ddp OUTPUT
-
 Rank 0 writes `losses.json` (of the loss and of the penalty in it) and the consolidated checkpoint.
 """
 
@@ -105,8 +103,7 @@ def ddp(rank: int, world: int):
     return train(penalized, wrapped, torch.Tensor.backward, stepping(optimizer), rank, world), model, model.state_dict()
 
 
-def main() -> None:
-    kind, output = sys.argv[1], Path(sys.argv[2])
+def main(kind: str, output: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runs = {"zero2": lambda *at: zero(2, *at), "zero3": lambda *at: zero(3, *at), "fsdp2": fsdp2, "ddp": ddp}
     said, model, state = runs[kind](rank, world)
@@ -117,7 +114,3 @@ def main() -> None:
     # The work is done. A rank whose neighbour has already gone may abort in gloo's threads while Python shuts down.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """One rank of a run that trains a modified model for three steps; started by `test_two_ranks.py`.
 
-    torchrun --nproc_per_node 2 tests/ranks/worker.py zero3|fsdp2|ddp OUTPUT
-
 Rank 0 writes `losses.json` and the consolidated checkpoint.
 """
 
@@ -127,8 +125,7 @@ def ddp(rank: int, world: int):
     return train(model, wrapped, step, rank, world), model, model.state_dict()
 
 
-def main() -> None:
-    kind, output = sys.argv[1], Path(sys.argv[2])
+def main(kind: str, output: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     losses, model, state = {"zero3": zero3, "fsdp2": fsdp2, "ddp": ddp}[kind](rank, world)
     if rank == 0:
@@ -138,7 +135,3 @@ def main() -> None:
     # The work is done. A rank whose neighbour has already gone may abort in gloo's threads while Python shuts down.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
