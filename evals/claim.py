@@ -36,6 +36,7 @@ from ropemods.settings.versions import versions_of
 
 PROGRAMS = (
     "untrained",
+    "prope_untrained",
     "penalty",
     "max_retrieval",
     "prope_from_scratch",

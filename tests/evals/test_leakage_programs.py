@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evals import before_after, before_after_arms, claim, design_models, designs, dose, page, usage
+from evals import before_after, before_after_arms, claim, design_models, designs, dose, page, prope_untrained, usage
 from ropemods.training.small_models import train_tokenizer
 
 WORDS = [a + b for a in "kamo telu sira no ven dor".split() for b in ("", "ta", "rin", "os", "el", "um", "i", "ash")]
@@ -70,6 +70,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     swaps = {"training": training, "crops": 64, "swap_crops": 32, "reference": 2, "anchor_crops": 32}
     monkeypatch.setitem(designs.PROTOCOL, "tiny", designs.PROTOCOL["nano"] | swaps)
     monkeypatch.setitem(usage.PROTOCOL, "tiny", usage.PROTOCOL["nano"] | {"designs": training, "crops": 32})
+    stopped = prope_untrained.PROTOCOL["nano"] | {"crops": {"32": 8, "64": 3}}
+    monkeypatch.setitem(prope_untrained.PROTOCOL, "tiny", stopped)
     curve = {"strengths": [0.0, 0.5, 1.0], "length": 128, "crops": 32, "calibration_crops": 8}
     monkeypatch.setitem(dose.PROTOCOL, "tiny", dose.PROTOCOL["nano"] | curve)
     search = before_after.PROTOCOL["nano"]["search"] | {
@@ -93,7 +95,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["before_after", "designs", "usage", "dose"])
+@pytest.mark.parametrize("name", ["before_after", "designs", "usage", "dose", "prope_untrained"])
 def test_a_program_runs_from_text_to_page(name: str, data: Path, tmp_path: Path) -> None:
     path = claim.run(name, "tiny", data, results=tmp_path / "results", kept=tmp_path / "cells", say=lambda _: None)
     found = json.loads(path.read_text())
