@@ -49,6 +49,8 @@ def main(folder: Path) -> rm.Comparison:
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     rm.export(model, folder / "stock")
+    tokenizer.save_pretrained(folder / "stock")
+    (folder / "text.txt").write_text("\n\n".join(texts))
 
     after: rm.Report = rm.measure(loaded, tokenizer, texts, protocol, progress=False)
     comparison = rm.compare(before, after)
