@@ -19,6 +19,7 @@ RECIPE = """
 model_name_or_path: {folder}/stock
 output_dir: {folder}/run
 data: {folder}/text.txt
+separator: blank-line
 mods: [{{kind: truncated_rope, keep: 0.5}}, {{kind: learned_sink}}]
 lora: {{r: 2, target_modules: all-linear}}
 schedule: {{steps: 2}}
