@@ -30,7 +30,7 @@ EXTRA := dev
 sweep evals: EXTRA := train
 demo: EXTRA := train gguf
 
-.PHONY: help install lint test quick contract strangers real-model sweep evals demo given
+.PHONY: help install lint test quick contract strangers real-model sweep evals demo release-check given
 
 help:
 	@echo "make demo      the whole loop on a CPU: a model, modified, fine-tuned in four arms, compared"
@@ -42,6 +42,7 @@ help:
 	@echo "make lint      lint and types"
 	@echo "make sweep     every check on every RoPE architecture of transformers (CI does a third): evals/results/architectures"
 	@echo "make evals     every claim measured again, and evals/README.md from the results (DATA=, SCALE=nano; resumable)"
+	@echo "make release-check  wheel and sdist, built and used in empty environments, an extra in each"
 	@echo "make install   only the environment in which all of them run"
 	@echo
 	@echo "Each makes .venv with the tested versions first, when it is missing or out of date. An active environment, or"
@@ -100,3 +101,6 @@ demo: $(ENVIRONMENT)
 	$(if $(filter-out tiny,$(DEMO)),$(error DEMO=$(DEMO): tiny, or left out))
 	@"$(PYTHON)" recipes/demo.py $(if $(filter tiny,$(DEMO)),--tiny) \
 		$${MODEL:+--model "$$MODEL"} $${TEXT:+--text "$$TEXT"}
+
+release-check: $(ENVIRONMENT)
+	"$(PYTHON)" tests/release/check.py $(EXTRAS)

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods import Mod
 from ropemods.mods.base import Site, Stage, edited
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
 
 @dataclasses.dataclass
 class Attached:
@@ -86,11 +88,11 @@ class Attached:
 
 
 def apply(
-    model: nn.Module,
+    model: AnyModel,
     *mods: Mod,
     strength: float = 1.0,
     calibration: Tensor | None = None,
-) -> nn.Module:
+) -> AnyModel:
     """Put modifications on a model, in place, and return it.
 
     `calibration` is a batch of token ids (B, T), each row BOS first, from which modifications choose initial values
@@ -334,7 +336,7 @@ def refresh(model: PreTrainedModel) -> None:
     origin.mark(model, differs=moved or any(alpha.values()), load=None if moved else attached.load)
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: AnyModel) -> AnyModel:
     """Take every modification off a model, in place, and return it: exactly the stock model again."""
     inner = base_model(model)
     _attached(inner)

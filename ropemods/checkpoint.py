@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import transformers
@@ -26,6 +26,9 @@ from ropemods.model.short_pass import quietly
 from ropemods.model.wrappers import base_model, uncompiled
 from ropemods.mods.base import Stage
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 # While transformers loads a model it puts a `tie_weights` that does nothing into PreTrainedModel, and takes it out
 # again; of two loads at once the later one takes out the wrong one, and no model of the process is tied from then on.
 _ONE_LOAD = threading.RLock()
@@ -34,11 +37,11 @@ _ONE_LOAD = threading.RLock()
 @overload
 def from_pretrained(
     path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
-) -> tuple[nn.Module, dict[str, Any]]: ...
+) -> tuple[PreTrainedModel, dict[str, Any]]: ...
 
 
 @overload
-def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module: ...
+def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel | PeftModel: ...
 
 
 def from_pretrained(

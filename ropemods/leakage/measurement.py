@@ -55,13 +55,13 @@ def measure(
 ) -> Report:
     """Measure a model, stock or modified, and leave it as it was.
 
-    documents: texts, a .txt, .jsonl or .parquet file, or a dataset as name:config:split (`read_documents`).
-    protocol: how to measure; a mapping of its fields will do, such as another report's.
-    bos_token_id: what sequences begin with, where that is not the tokenizer's BOS.
-    interventions: names out of `interventions.NAMES`, each with its effect on the early residual.
-    reference: how many random tokens make the reference distribution of the swaps.
-    controls: also run the measurements whose answer is known.
-    progress: a bar on rank 0, where standard error is a terminal.
+    - `documents`: texts, a .txt, .jsonl or .parquet file, or a dataset as name:config:split (`read_documents`).
+    - `protocol`: how to measure; a mapping of its fields will do, such as another report's.
+    - `bos_token_id`: what sequences begin with, where that is not the tokenizer's BOS.
+    - `interventions`: names out of `interventions.NAMES`, each with its effect on the early residual.
+    - `reference`: how many random tokens make the reference distribution of the swaps.
+    - `controls`: also run the measurements whose answer is known.
+    - `progress`: a bar on rank 0, where standard error is a terminal.
     """
     protocol = _protocol(protocol)
     check_names(interventions)

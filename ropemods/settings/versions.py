@@ -6,7 +6,7 @@ import importlib.util
 import platform
 from importlib.metadata import version
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 OLDEST = {"torch": "2.11", "transformers": "5.17"}
 """As pyproject.toml asks for."""
