@@ -20,7 +20,8 @@ It also runs by itself, where no text and no tokenizer is:
     python -m evals.penalty run FOLDER --model MODEL --output CELLS --scale smollm2 --minutes 6
     python -m evals.penalty show CELLS --scale smollm2          the table, and the result file for the page
 
-Cells are written one by one, the most telling first, and a run goes on where it stopped.
+Cells are written one by one, the most telling first, and a run goes on where it stopped. Those of scale smollm2 take
+half an hour each on two cores; the finished ones are in evals/cells/penalty, from where `run … --output` goes on.
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ def collected(done: Mapping[str, Any], scale: str) -> dict[str, Any]:
         for name in ("search", "report", "other", "unigram")
     }
     far = {k: round(float(np.mean(x)), 5) for k, x in base["far"].items()}
-    return {"base": {"instruments": of_base, "probe": base["probe"], "far": far}, "arms": rows, "best": best(rows)}
+    left = [name for name in PROTOCOL[scale]["cells"] if name not in done]
+    told = {"arms": rows, "best": best(rows), "left": left}
+    return {"base": {"instruments": of_base, "probe": base["probe"], "far": far}, **told}
 
 
 def best(rows: Mapping[str, Any]) -> str | None:
@@ -206,7 +209,7 @@ def table(found: Mapping[str, Any]) -> str:
 def section(found: dict[str, Any]) -> str:
     p = found["protocol"]
     chosen = found["best"]
-    said = "No arm keeps the loss within 0.1% on the search half."
+    said = "No arm so far keeps the loss within 0.1% on the search half."
     if chosen:
         said = f"Chosen on the search half, at 0.1% more loss or less: **{chosen}**."
     return "\n".join(
@@ -219,6 +222,7 @@ def section(found: dict[str, Any]) -> str:
             table(found),
             "",
             said,
+            *([f"Not run yet: {len(found['left'])} of {len(p['cells'])} cells."] if found["left"] else []),
             "",
         ]
     )

@@ -25,7 +25,7 @@ from evals import gemma3
 from evals.claim import Learned, Unavailable
 from evals.measured import measured, ratio
 from ropemods.leakage import tries
-from ropemods.leakage.documents import Documents, read_documents
+from ropemods.leakage.documents import read_documents
 from ropemods.mods import Mod
 from ropemods.report.words import markdown_table
 from ropemods.training import smollm2
@@ -51,39 +51,27 @@ MODS: tuple[Mod, ...] = (
     rm.OutputGate(),
 )
 MODELS: dict[str, Any] = {smollm2.NAME: smollm2, gemma3.NAME: gemma3}
-PROTOCOL = {
-    "nano": {
-        "seeds": [0],
-        "models": {name: place.SHA256 for name, place in MODELS.items()},
-        "mods": [str(mod) for mod in MODS],
-        "length": 256,
-        "crops": {smollm2.NAME: 64, gemma3.NAME: 32},
-        "calibration_crops": 8,
-    }
-}
+
+
+def _protocol(model: str, crops: int) -> dict[str, Any]:
+    common = {"seeds": [0], "mods": [str(mod) for mod in MODS], "length": 256, "calibration_crops": 8}
+    return common | {"model": model, "checksum": MODELS[model].SHA256, "crops": crops}
+
+
+PROTOCOL = {"nano": _protocol(smollm2.NAME, 64), "gemma3": _protocol(gemma3.NAME, 32)}
 CHANGES = ("loss", "residual", "total", "bos_mass", "position1_mass")
 DIGITS = {"loss": 2, "residual": 0, "total": 0}
 
 
 def run(scale: str, data: Path, cells: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     p: dict[str, Any] = PROTOCOL[scale]
-    documents = read_documents(data / "text" / "books.valid.jsonl.xz")
-    found = {name: _of_model(name, p, documents, cells) for name in p["models"]}
-    return {
-        "stock": {name: each[0] for name, each in found.items()},
-        "changes": {n: each[1] for n, each in found.items()},
-    }
-
-
-def _of_model(name: str, p: dict[str, Any], documents: Documents, cells: Callable[..., dict[str, Any]]) -> tuple:
     try:
-        folder = MODELS[name].fetch()
+        folder = MODELS[p["model"]].fetch()
     except smollm2.CannotBeHad as error:
         raise Unavailable(str(error)) from error
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    protocol = rm.Protocol(sequences=p["crops"][name], length=p["length"], mask_term=False)
-    bos = AutoConfig.from_pretrained(folder).bos_token_id
-    batch_BT = tries.calibration(documents, tokenizer, protocol, bos)
+    tokenizer, documents = AutoTokenizer.from_pretrained(folder), read_documents(data / "text" / "books.valid.jsonl.xz")
+    protocol = rm.Protocol(sequences=p["crops"], length=p["length"], mask_term=False)
+    batch_BT = tries.calibration(documents, tokenizer, protocol, AutoConfig.from_pretrained(folder).bos_token_id)
     assert len(batch_BT) == p["calibration_crops"]
 
     def at(mod: Mod | None) -> dict[str, Any]:
@@ -91,11 +79,10 @@ def _of_model(name: str, p: dict[str, Any], documents: Documents, cells: Callabl
         with nullcontext() if mod is None else tries.put_on(model, mod, batch_BT):
             return measured(model, tokenizer, documents, protocol)
 
-    jobs = {f"{name}: stock": lambda: at(None)} | {f"{name}: {mod}": lambda mod=mod: at(mod) for mod in MODS}
-    found = {cell.removeprefix(f"{name}: "): each for cell, each in cells(jobs).items()}
+    found = cells({"stock": lambda: at(None)} | {str(mod): lambda mod=mod: at(mod) for mod in MODS})
     stock = found.pop("stock")
-    changes = {mod: {what: _change(each, stock, what) for what in CHANGES} for mod, each in found.items()}
-    return {what: stock[what]["value"] for what in CHANGES}, changes
+    changes = {name: {what: _change(each, stock, what) for what in CHANGES} for name, each in found.items()}
+    return {"stock": {what: stock[what]["value"] for what in CHANGES}, "changes": changes}
 
 
 def _change(each: Any, stock: Any, what: str) -> dict[str, float]:
@@ -114,16 +101,13 @@ def _said(change: dict[str, float], what: str) -> str:
 
 
 def section(found: dict[str, Any]) -> str:
-    return "\n\n".join(("## Put on real models, untrained", *(_table(found, name) for name in found["changes"])))
-
-
-def _table(found: dict[str, Any], name: str) -> str:
-    p, stock, changes = found["protocol"], found["stock"][name], found["changes"][name]
-    rows = [(mod, *(_said(each[what], what) for what in CHANGES)) for mod, each in changes.items()]
+    p, stock = found["protocol"], found["stock"]
+    rows = [(name, *(_said(each[what], what) for what in CHANGES)) for name, each in found["changes"].items()]
     head = ("modification", "loss", "early residual", "early total", "mass on BOS", "on position 1")
     return "\n\n".join(
         (
-            f"{name}, {p['crops'][name]} crops of {p['length']} tokens of books that are held out here. Stock: loss "
+            "## Put on a real model, untrained",
+            f"{p['model']}, {p['crops']} crops of {p['length']} tokens of books that are held out here. Stock: loss "
             f"{stock['loss']:.3f}, early residual {stock['residual']:.4f}, early total {stock['total']:.3f}, mass on "
             f"BOS {stock['bos_mass']:.1%}, on position 1 {stock['position1_mass']:.1%}. Changes with 95% intervals "
             "over documents.",
@@ -133,18 +117,17 @@ def _table(found: dict[str, Any], name: str) -> str:
 
 
 def learned(found: dict[str, Any]) -> list[Learned]:
-    return [_learned(name, changes) for name, changes in found["changes"].items()]
-
-
-def _learned(name: str, changes: dict[str, Any]) -> Learned:
-    dearest = max(changes, key=lambda mod: changes[mod]["loss"]["value"])
-    free = [mod for mod, each in changes.items() if each["loss"]["high"] < 0.01]
-    lower = [mod for mod, each in changes.items() if each["residual"]["high"] < 0]
+    changes = found["changes"]
+    dearest = max(changes, key=lambda name: changes[name]["loss"]["value"])
+    free = [name for name, each in changes.items() if each["loss"]["high"] < 0.01]
+    lower = [name for name, each in changes.items() if each["residual"]["high"] < 0]
     loss = changes[dearest]["loss"]
-    return Learned(
-        claim="Modifications put on a trained model cost little",
-        figure=f"{len(free)} of {len(changes)} less than 1% of loss; the dearest, {dearest}, {loss['value']:+.1%}",
-        interval=f"[{loss['low']:+.1%}, {loss['high']:+.1%}]",
-        paper="no paper puts them on untrained",
-        limits=f"{name}; {len(lower)} of them lower the early residual: {', '.join(lower) or 'none'}",
-    )
+    return [
+        Learned(
+            claim="Modifications put on a trained model cost little",
+            figure=f"{len(free)} of {len(changes)} less than 1% of loss; the dearest, {dearest}, {loss['value']:+.1%}",
+            interval=f"[{loss['low']:+.1%}, {loss['high']:+.1%}]",
+            paper="no paper puts them on untrained",
+            limits=f"{found['protocol']['model']}; {len(lower)} of them lower the early residual",
+        )
+    ]
