@@ -84,7 +84,7 @@ def test_a_description_survives_json(mod) -> None:
         ({"kind": "trunkated_rope"}, "unknown modification 'trunkated_rope'; known are truncated_rope, "),
         ({"kind": "truncated_rope", "keeps": 0.5}, "truncated_rope has no option keeps; it has layers, keep, which"),
         ({"kind": "truncated_rope", "keep": "0.5"}, "keep must be at least 0"),
-        ({"kind": "learned_sink", "init": None}, "init must be a number or 'calibrated', not None"),
+        ({"kind": "learned_sink", "init": None}, "init must be a number or 'calibrated' or 'distilled', not None"),
         ({"kind": "learned_sink", "layers": "all"}, "layers must be a list of layer indices, not 'all'"),
         ({"kind": ["learned_sink"]}, "unknown modification"),
         ("learned_sink", "a modification is recorded as"),

@@ -48,7 +48,11 @@ def test_a_strength_that_is_none_is_refused(strength: Any, tmp_path: Path) -> No
         ("mods", [{}], "unknown modification None"),
         ("mods", ["learned_sink"], "recorded as its kind and options"),
         ("mods", [{"kind": "learned_sinc"}], r"unknown modification 'learned_sinc'.*ropemods.register"),
-        ("mods", [{"kind": "learned_sink", "init": math.nan}], "init must be a number or 'calibrated', and finite"),
+        (
+            "mods",
+            [{"kind": "learned_sink", "init": math.nan}],
+            "init must be a number or 'calibrated' or 'distilled', and finite",
+        ),
         ("rope_parameters", None, "rope_parameters must be a dict"),
         ("bos_token_id", -1, "bos_token_id must be the id of a token"),
         ("bos_token_id", "<s>", "bos_token_id must be the id of a token"),

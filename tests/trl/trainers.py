@@ -103,7 +103,8 @@ def ready(trainer: str, base: Path, folder: Path, *, adapter: bool, **options: A
     """A trainer of a modified model, with the reference model that it asks for."""
     model = modified(base, trainer)
     if adapter:
-        options["peft_config"] = lora()
+        # The head of a reward model is new, so TRL advises to save it.
+        options["peft_config"] = lora(**({"modules_to_save": ["score"]} if trainer == "reward" else {}))
     elif trainer in ("dpo", "kto"):
         options["ref_model"] = copy.deepcopy(model)
     elif trainer == "rloo":  # which takes none
