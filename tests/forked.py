@@ -41,7 +41,7 @@ def run(task: Callable[..., None], *args: Any, ranks: int) -> str:
             mp.start_processes(
                 _rank, args=(task, args, ranks, meeting, str(said)), nprocs=ranks, start_method="forkserver"
             )
-        except mp.ProcessException as error:
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise AssertionError(f"{error}\n{said.read_text()[-6000:]}") from None
         return said.read_text()
 

@@ -15,8 +15,9 @@ from ropemods.settings.strict_yaml import read
 from ropemods.training.__main__ import main
 from ropemods.training.arms import read_result
 from ropemods.training.recipe_file import from_values
+from tests import forked
 from tests.recipes import tiny
-from tests.recipes.launched import FINETUNE, ROOT, run, torchrun
+from tests.recipes.launched import FINETUNE, ROOT
 
 RECIPES = ROOT / "recipes"
 TUNING = sorted(path.relative_to(RECIPES) for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -96,8 +97,9 @@ def test_a_recipe_trains_three_steps(path: Path, text: Path, tmp_path: Path) -> 
     words = ["--config", str(tmp_path / "recipe.yaml")]
     if recipe.options.distributed is None:
         main(words)
-    else:  # as the recipe's first lines launch it, on two ranks
-        run([*torchrun(2), FINETUNE[1], *words, "--deepspeed", f"recipes/deepspeed/{recipe.options.distributed}.json"])
+    else:  # on two ranks, with the config that the recipe's first lines name
+        words += ["--deepspeed", f"recipes/deepspeed/{recipe.options.distributed}.json"]
+        forked.script([FINETUNE[1], *words], ranks=2)
     result = read_result(tmp_path / "out" / "modified-0" / "result.json")
     assert result.steps == 3 and result.reload_difference is not None
     ran = json.loads((tmp_path / "out" / "results.json").read_text())["recipe"]

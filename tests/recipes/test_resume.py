@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ropemods.training import checkpoints
 from ropemods.training.__main__ import main
 from ropemods.training.arms import read_result
+from tests import forked
 from tests.recipes import launched, tiny
 
 pytestmark = pytest.mark.slow
@@ -60,7 +61,7 @@ def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The output of a run that was left alone."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = tiny.write_recipe(folder / "recipe.yaml", model, text, folder / "out", **RUN)
-    launched.run([*launched.FINETUNE, "--config", str(recipe)])
+    forked.script([*launched.FINETUNE[1:], "--config", str(recipe)], ranks=1)
     return folder / "out"
 
 
@@ -83,7 +84,7 @@ def test_a_killed_run_ends_with_the_same_weights_bitwise(
     with pytest.raises(ValueError, match="belongs to another run: recipe was"):
         main([*flags, "--resume_from_checkpoint", "--learning_rate", "1e-4"])
 
-    said = launched.run([*words, "--resume_from_checkpoint"])
+    said = forked.script([*words[1:], "--resume_from_checkpoint"], ranks=1)
     assert "checkpoint-9 was not written to its end" in said and "resuming from" in said and "checkpoint-6" in said
     a, b = weights(tmp_path / "out"), weights(whole)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -102,7 +103,7 @@ def test_one_rank_of_two_killed_takes_the_run_down_and_it_goes_on(model: Path, t
     )
     words = [*launched.torchrun(2), *launched.FINETUNE[1:], "--config", str(recipe)]
     kill_at(words, 8, one_rank=True)
-    said = launched.run([*words, "--resume_from_checkpoint"])
+    said = forked.script([*launched.FINETUNE[1:], "--config", str(recipe), "--resume_from_checkpoint"], ranks=2)
     assert "resuming from" in said and "in force: DDP · world size 2" in said
     found = read_result(tmp_path / "out" / "modified-0" / "result.json")
     assert [step for step, _ in found.curve] == list(range(1, 17))
@@ -118,12 +119,11 @@ def test_accumulating_eight_ones_is_one_eight(model: Path, text: Path, tmp_path:
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, text, tmp_path / "out", arms=["modified"])
     found = []
     for name, each, accumulate in (("whole", "8", "1"), ("parts", "1", "8")):
-        launched.run(
-            [
-                *launched.FINETUNE, "--config", str(recipe), "--output_dir", str(tmp_path / name),
-                "--per_device_train_batch_size", each, "--gradient_accumulation_steps", accumulate,
-            ]
-        )  # fmt: skip
+        words = [
+            *launched.FINETUNE[1:], "--config", str(recipe), "--output_dir", str(tmp_path / name),
+            "--per_device_train_batch_size", each, "--gradient_accumulation_steps", accumulate,
+        ]  # fmt: skip
+        forked.script(words, ranks=1)
         found.append(read_result(tmp_path / name / "modified-0" / "result.json"))
     whole, parts = found
     assert whole.tokens == parts.tokens and len(whole.curve) == 8
