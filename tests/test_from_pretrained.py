@@ -81,3 +81,8 @@ def test_loads_in_several_threads_leave_transformers_as_it_was(saved: tuple[Path
             loaded = list(pool.map(lambda _: rm.from_pretrained(folder / "inside"), range(3)))
     assert PreTrainedModel.tie_weights is tie_weights
     assert all(same(each, model) for each in loaded)
+
+
+def test_a_name_that_cannot_be_looked_up_is_named_with_the_file() -> None:
+    with pytest.raises(OSError, match=r"^nobody/nothing: there is no such folder here.*look for the config\.json"):
+        rm.from_pretrained("nobody/nothing")

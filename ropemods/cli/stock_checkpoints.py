@@ -64,11 +64,7 @@ def load_config(
             raise ValueError(
                 f"{name}: its config.json is damaged or no model's ({error}); fetch or save it again"
             ) from error
-        if Path(name).is_dir() or "connect" not in str(error):
-            raise
-        raise OSError(
-            f"{name}: there is no such folder here, and the hub cannot be reached to look for a model of that name"
-        ) from error
+        raise
 
 
 def stock_model(

@@ -121,7 +121,15 @@ def load_config(
     """
     if gguf_file is not None:
         return gguf.load_config(path, gguf_file, **hub_kwargs), None
-    raw, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
+    except OSError as error:
+        if os.path.isdir(path) or "connect" not in str(error):
+            raise
+        raise OSError(
+            f"{path}: there is no such folder here, and the hub cannot be reached to look for the config.json of a "
+            "model of that name"
+        ) from error
     if "ropemods" not in raw:
         return AutoConfig.from_pretrained(path, **hub_kwargs), None
     record = parse(raw.pop("ropemods"), path)
