@@ -78,8 +78,10 @@ def trl(folder: Path) -> None:
 def evaluate(folder: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "stock")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "stock")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     model = rm.apply(AutoModelForCausalLM.from_pretrained(folder / "stock"), rm.LearnedSink(init=0.0))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=True, device="cpu")
     request = Instance(request_type="loglikelihood", doc={}, arguments=("w1 w2", " w3"), idx=0)
