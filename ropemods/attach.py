@@ -129,7 +129,8 @@ def apply(
     _forget_compiled()
     if calibration is None and (fitted := next((mod for mod in mods if mod.distils), None)) is not None:
         raise ValueError(
-            f"{fitted} is fitted to what the model says of a text: give calibration=, a batch of token ids"
+            f"{fitted} is fitted to what the model says of a text: give calibration=, a batch of token ids "
+            "(--calibration_text FILE on the command line)"
         )
     ids_BT = None if calibration is None else starting_values.checked(inner, mods, calibration)
     try:
@@ -174,9 +175,8 @@ def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) 
         put_on(model, mods)
         if any(mod.calibrates for mod in mods):
             starting_values.calibrate(model, ids_BT)
-        fitted = [stage for layer in anatomy_of(model).layers for _, stage in _stages_of(layer) if stage.distilled()]
-        if fitted:
-            distillation.distil(model, fitted, ids_BT, partial(set_strength, model))
+        if any(mod.distils for mod in mods):
+            distillation.distil(model, _stages_in_layers(model), ids_BT, partial(set_strength, model))
         set_strength(model, 1.0)
         return starting_values.loss(model, ids_BT)
 
@@ -189,14 +189,16 @@ def _put_on_calibrated(model: PreTrainedModel, mods: list[Mod], ids_BT: Tensor) 
         set_strength(model, 0.0)
         set_strength(model, 1.0, kind=mod.kind)
         alone[str(mod)] = starting_values.loss(model, ids_BT) or 0.0
-    gentler = {}
+    gentler, chosen = {}, [copy.deepcopy(stage.state_dict()) for stage in _stages_in_layers(model)]
     for mod in mods:
         for other in mod.gentler():
             _detach(model)
             gentler[str(other)] = put_on_and_read([other if each is mod else each for each in mods]) or 0.0
     if gentler:
         _detach(model)
-        put_on_and_read(mods)
+        put_on(model, mods)
+        for stage, values in zip(_stages_in_layers(model), chosen, strict=True):
+            stage.load_state_dict(values)
     return starting_values.remark(stock, whole, alone, gentler)
 
 
@@ -276,6 +278,10 @@ def _placed(stages: Stages, beside: nn.Module, dtype: torch.dtype) -> Stages:
     elif device is not None:  # beside offloaded weights what was made like them has no memory yet
         stages._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     return stages.to(device=device, dtype=dtype).train(beside.training)
+
+
+def _stages_in_layers(model: PreTrainedModel) -> list[Stage]:
+    return [stage for layer in anatomy_of(model).layers for _, stage in _stages_of(layer)]
 
 
 def _stages_of(module: nn.Module) -> list[tuple[str, Stage]]:

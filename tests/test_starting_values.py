@@ -11,7 +11,7 @@ import torch
 from transformers import BatchEncoding
 
 import ropemods as rm
-from ropemods.model import attention_function, starting_values
+from ropemods.model import attention_function, distillation, starting_values
 from ropemods.training.batches import Rows, first_sequences
 from tests import zoo
 from tests.contract import close
@@ -244,3 +244,16 @@ def test_a_distilled_sink_is_saved_with_what_was_fitted(tmp_path) -> None:
 def test_a_distilled_sink_without_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="fitted to what the model says of a text: give calibration="):
         rm.apply(zoo.build(), rm.LearnedSink(init="distilled"))
+
+
+def test_a_start_is_found_once_though_other_forms_are_tried(monkeypatch) -> None:
+    """Distilling takes minutes on a real model; what it found is kept while gentler forms are put on in its place."""
+    runs, distil = [], distillation.distil
+    monkeypatch.setattr(distillation, "distil", lambda *given: (runs.append(1), distil(*given)))
+    monkeypatch.setattr(starting_values, "NOTICEABLE", -1.0)
+    with pytest.warns(UserWarning, match="LearnedSink"):
+        model = rm.apply(zoo.build(), rm.LearnedSink(init="distilled"), calibration=zoo.tokens(rows=4))
+    assert len(runs) == 1
+    monkeypatch.setattr(starting_values, "NOTICEABLE", 1.0)
+    alone = rm.apply(zoo.build(), rm.LearnedSink(init="distilled"), calibration=zoo.tokens(rows=4))
+    assert len(runs) == 2 and torch.equal(model(zoo.tokens()).logits, alone(zoo.tokens()).logits)
