@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evals.between import marks, write_between
 from ropemods.report.words import markdown_table
 
-START, END = "<!-- load -->", "<!-- end of load -->"
+PART = "load"
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "bos_token_id": 1, "tie_word_embeddings": True,
@@ -75,7 +76,7 @@ def table(found: dict[str, list[tuple[str, float, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help=f"write the table between {START} and {END} of this file")
+    parser.add_argument("--page", type=Path, help=f"write the table between {' and '.join(marks(PART))} of this file")
     parser.add_argument("--only", choices=("stock", "modified"), help="one of the two, in this process, as JSON")
     options = parser.parse_args()
     if options.only:
@@ -90,9 +91,7 @@ def main() -> None:
         shutil.rmtree(place)
     print(table(found))
     if options.page is not None:
-        page = options.page.read_text(encoding="utf-8")
-        above, below = page.index(START) + len(START), page.index(END)
-        options.page.write_text(f"{page[:above]}\n{table(found)}\n{page[below:]}", encoding="utf-8")
+        write_between(options.page, PART, table(found))
 
 
 if __name__ == "__main__":

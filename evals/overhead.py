@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import ropemods as rm
+from evals.between import marks, write_between
 from ropemods.model import bos, cached_bos
 
 MODS = {
@@ -36,7 +37,7 @@ MODS = {
     "LearnedSink, BOS closed": (rm.LearnedSink(init=0.0),),
     "UnrotatedBos": (rm.UnrotatedBos(),),
 }
-START, END = "<!-- decode -->", "<!-- end of decode -->"
+PART = "decode"
 Quartiles = list[float]
 
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, timed too")
     parser.add_argument("--cache", type=int, default=1024, help="tokens in the cache (default: 1024)")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--page", type=Path, help=f"write the table between {START} and {END} of this file")
+    parser.add_argument("--page", type=Path, help=f"write the table between {' and '.join(marks(PART))} of this file")
     parser.add_argument("--json", action="store_true", help="print the quartiles alone")
     options = parser.parse_args()
     if options.json:
@@ -114,9 +115,7 @@ def main() -> None:
     written = f"Cache of {options.cache}, {options.rounds} rounds, torch {torch.__version__}.\n\n{table(columns)}"
     print(written)
     if options.page is not None:
-        page = options.page.read_text(encoding="utf-8")
-        above, below = page.index(START) + len(START), page.index(END)
-        options.page.write_text(f"{page[:above]}\n{written}\n{page[below:]}", encoding="utf-8")
+        write_between(options.page, PART, written)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropemods as rm
+from evals.between import write_between
 from ropemods.bench.grid import machine
 from ropemods.mods import Mod
 from ropemods.report.words import markdown_table
@@ -50,7 +51,7 @@ KINDS: dict[str, Callable[[list[str]], bool]] = {
 }
 PATHS = {"sdpa": "flash", "eager": "eager"}
 """attn_implementation, and what its kernels are called."""
-START, END = "<!-- table -->", "<!-- end of table -->"
+PART = "table"
 
 
 def step(mods: tuple[Mod, ...], attention: str) -> Callable[[], None]:
@@ -128,9 +129,7 @@ def main() -> None:
     else:
         found = measured()
         write_text(options.json, json.dumps(found, indent=1) + "\n")
-    page = options.page.read_text(encoding="utf-8")
-    above, below = page.index(START) + len(START), page.index(END)
-    write_text(options.page, page[:above] + "\n" + table(found) + "\n" + page[below:])
+    write_between(options.page, PART, table(found))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ def write(folder: Path, mods: list[Any], strength: dict[str, float], base: str) 
     data = ModelCardData(library_name="peft", pipeline_tag="text-generation")
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{data.to_yaml()}\n---\n")
     tags = {*(card.data.get("tags") or ()), "ropemods"}
-    # A base that is a folder here has no page on the hub, which refuses metadata that link to one.
-    local = not base or Path(base).exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None
-    if local:
+    if has_page(base):
+        card.data["base_model"] = base
+    else:
         card.data.pop("base_model", None)
         tags = {tag for tag in tags if not tag.startswith("base_model:")}
-    else:
-        card.data["base_model"] = base
     card.data["tags"] = sorted(tags)
     loading = _loading(folder, mods, strength, base)
     if not card.text.strip() or FORM in card.text:
@@ -40,6 +38,11 @@ def write(folder: Path, mods: list[Any], strength: dict[str, float], base: str) 
     else:
         card.text = f"{card.text.rstrip()}\n\n{loading}\n"
     card.save(path)
+
+
+def has_page(base: str) -> bool:
+    """Whether a base may be linked to: a folder here has no page on the hub, which refuses metadata that say so."""
+    return not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
 
 
 def _loading(folder: Path, mods: list[Any], strength: dict[str, float], base: str) -> str:

@@ -138,11 +138,10 @@ def _swapping(
     from peft import set_peft_model_state_dict
     from peft.utils import hotswap
 
-    config, values = _of_the_same(model, model_name_or_path), {}
+    config = _of_the_same(model, model_name_or_path)
     hotswap.check_hotswap_configs_compatible(model.active_peft_config, config)
     weights = hotswap.load_peft_weights(model_name_or_path, device=torch_device or hotswap.infer_device(), **kwargs)
-    for name in [name for name in weights if ".ropemods." in name]:
-        values[name] = weights.pop(name)
+    values = {name: weights.pop(name) for name in list(weights) if ".ropemods." in name}
     lora = hotswap.PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     named = hotswap._insert_adapter_name_into_state_dict(weights, adapter_name=adapter_name, parameter_prefix=lora)
     hotswap.hotswap_adapter_from_state_dict(model, named, adapter_name, config, lora)

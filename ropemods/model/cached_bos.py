@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
 
 from ropemods.model.bos import Memory
+from ropemods.model.on_import import wrap
 
 REMEMBERED = "_ropemods_bos"
 
@@ -53,18 +54,11 @@ CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def follow_caches() -> None:
     """See to it that what is remembered of a cache's rows follows them."""
     for name, change in CHANGES.items():
-        stock = getattr(Cache, name)
-        if not hasattr(stock, "ropemods"):
-            setattr(Cache, name, _followed(stock, change))
+        wrap(Cache, name, functools.partial(_followed, change))
 
 
-def _followed(stock: Callable, change: Callable[[Tensor, Any], Tensor]) -> Callable:
-    @functools.wraps(stock)
-    def method(self: Cache, argument: Any) -> None:
-        stock(self, argument)
-        memory = recall(self)
-        if memory is not None:
-            setattr(self, REMEMBERED, memory.rows(lambda rows: change(rows, argument)))
-
-    method.ropemods = True  # type: ignore[attr-defined]
-    return method
+def _followed(change: Callable[[Tensor, Any], Tensor], stock: Callable, cache: Cache, argument: Any) -> None:
+    stock(cache, argument)
+    memory = recall(cache)
+    if memory is not None:
+        setattr(cache, REMEMBERED, memory.rows(lambda rows: change(rows, argument)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.attention import autocast
+from ropemods.model.short_pass import evaluating
 from ropemods.mods.base import Stage
 
 STEPS, RATE = 12, 0.4
@@ -27,7 +27,7 @@ def distil(model: PreTrainedModel, stages: list[Stage], ids_BT: Tensor, strength
     numbers = [parameter for stage in stages for parameter in stage.distilled()]
     optimizer = torch.optim.Adam(numbers, RATE, betas=(0.7, 0.95))
     rows = ids_BT.split(1)
-    with _alone(model, numbers), autocast.suspended(model.device):
+    with evaluating(model), _alone(model, numbers):
         for step in range(STEPS):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * (1 - step / STEPS)
@@ -50,19 +50,14 @@ def _log_probabilities(model: PreTrainedModel, row: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _alone(model: nn.Module, numbers: list[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode and a gradient for these numbers and no others, put back as they were."""
-    training = [module for module in model.modules() if module.training]
-    trains = {parameter: parameter.requires_grad for parameter in (*model.parameters(), *numbers)}
-    model.eval()
+    """A gradient for these numbers and no others of the model, put back as it was."""
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        for parameter in trains:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in numbers:
             parameter.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
         for parameter, before in trains.items():
             parameter.requires_grad_(before)

@@ -12,7 +12,6 @@ The name in your own hands, or `str()` of the marked one, loads as ever.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ropemods.model.attention_function import PREFIX
+from ropemods.model.on_import import wrap
 
 
 class NameOfModified(str):
@@ -39,7 +39,7 @@ def mark(model: PreTrainedModel, *, differs: bool, load: Callable[..., Any] | No
 
     `load` loads the model from there nevertheless.
     """
-    _watch_loading()
+    wrap(PreTrainedModel, "from_pretrained", _loading)
     name = getattr(model.config, "_name_or_path", None)
     if not (isinstance(name, str) and name):
         return
@@ -51,30 +51,21 @@ def mark(model: PreTrainedModel, *, differs: bool, load: Callable[..., Any] | No
     model.config._name_or_path = marked
 
 
-def _watch_loading() -> None:
-    stock = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    if hasattr(stock, "ropemods"):
-        return
-
-    @functools.wraps(stock)
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        name = pretrained_model_name_or_path
-        if not isinstance(name, NameOfModified):
-            return stock(cls, name, *args, **kwargs)
-        if name.load is not None and not args and cls.__name__ == name.architecture:
-            if isinstance(backend := kwargs.get("attn_implementation"), str):
-                kwargs["attn_implementation"] = backend.removeprefix(PREFIX)  # of the model that it is made like
-            return name.load(str(name), **kwargs)
-        if name.load is not None:  # another class, which loads it exactly or not at all
-            return stock(cls, str(name), *args, **kwargs)
-        raise ValueError(
-            f"{name!s} is what a model that ropemods has modified since was loaded from, and loading it gives the "
-            "unmodified model. A trainer that makes its reference model so must be given one: pass "
-            "ref_model=copy.deepcopy(model), made before training. To one that takes none (GRPO, RLOO) give a model "
-            "that is saved as it is: model.save_pretrained(folder), then ropemods.from_pretrained(folder). Or start "
-            "the modifications at strength 0 (StrengthSchedule), where both are the same; for the unmodified model "
-            "pass str(name)"
-        )
-
-    from_pretrained.ropemods = True  # type: ignore[attr-defined]
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+def _loading(stock: Callable[..., Any], cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    name = pretrained_model_name_or_path
+    if not isinstance(name, NameOfModified):
+        return stock(cls, name, *args, **kwargs)
+    if name.load is not None and not args and cls.__name__ == name.architecture:
+        if isinstance(backend := kwargs.get("attn_implementation"), str):
+            kwargs["attn_implementation"] = backend.removeprefix(PREFIX)  # of the model that it is made like
+        return name.load(str(name), **kwargs)
+    if name.load is not None:  # another class, which loads it exactly or not at all
+        return stock(cls, str(name), *args, **kwargs)
+    raise ValueError(
+        f"{name!s} is what a model that ropemods has modified since was loaded from, and loading it gives the "
+        "unmodified model. A trainer that makes its reference model so must be given one: pass "
+        "ref_model=copy.deepcopy(model), made before training. To one that takes none (GRPO, RLOO) give a model "
+        "that is saved as it is: model.save_pretrained(folder), then ropemods.from_pretrained(folder). Or start "
+        "the modifications at strength 0 (StrengthSchedule), where both are the same; for the unmodified model "
+        "pass str(name)"
+    )

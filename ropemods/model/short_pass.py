@@ -26,16 +26,23 @@ class _Reached(Exception):
 
 
 @contextlib.contextmanager
-def quietly(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients and no autocast, put back as they were."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no autocast, put back as they were."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), autocast.suspended(model.device):
+        with autocast.suspended(model.device):
             yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def quietly(model: PreTrainedModel) -> Iterator[None]:
+    """`evaluating`, without gradients."""
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def with_bos_column(rows: Rows, call: Call) -> Rows:
         )
     column_BN, keys = call.bos_column_BN, rows.k_BGSD.shape[2]
     batch = rows.q_BHTD.shape[0]
-    if column_BN.shape[1] == 1:
+    if column_BN.shape[1] == 1:  # one BOS a row, as nearly always: a comparison costs decoding less than marks
         is_bos_BS = (torch.arange(keys, device=column_BN.device) == column_BN).expand(batch, -1)
     else:
         # A BOS that has left the cache (a negative column) is marked one past the end, which is then cut off.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ropemods.model.adapter_card import has_page
 from ropemods.report.comparison import Comparison
 from ropemods.report.words import count
 from ropemods.settings.files import write_text
@@ -96,11 +97,12 @@ def _front_matter(base: str, *, lora: bool) -> list[str]:
     """What the hub reads. A local base has no page there to link to."""
     from huggingface_hub import ModelCardData
 
+    linked = has_page(base)
     data = ModelCardData(
         library_name="peft" if lora else "transformers",
         tags=["ropemods"],
         pipeline_tag="text-generation",
-        base_model=None if Path(base).exists() else base,
-        base_model_relation=None if Path(base).exists() else "adapter" if lora else "finetune",
+        base_model=base if linked else None,
+        base_model_relation=("adapter" if lora else "finetune") if linked else None,
     )
     return ["---", data.to_yaml(), "---", ""]

@@ -10,6 +10,7 @@ some close their run then; and the runs are named here, because theirs would be 
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -51,9 +52,9 @@ class TrackedArm(TrainerCallback):
     ) -> None:
         if not self.reporters:
             return
-        args.run_name, args.project = self.run_name, self.session.recipe.training.get("project", PROJECT)
+        args.run_name, args.project = self.run_name, project(self.session)
         if state.is_world_process_zero:
-            self._wandb = _begin_wandb(self, args)
+            self._wandb = _begin_wandb(self)
         self._heard = args, state, control
         self._tell("on_train_begin", **kwargs)
         start = {**self.before, **(self.probe.logged() if self.probe is not None else {})}
@@ -124,6 +125,10 @@ def scalars(loss: float, report: Report | None) -> dict[str, float]:
     return found
 
 
+def project(session: Session) -> str:
+    return str(session.recipe.training.get("project", PROJECT))
+
+
 def group(session: Session) -> str:
     """What the names of a session's runs begin with."""
     return str(session.recipe.training.get("run_name") or session.folder.resolve().name)
@@ -160,22 +165,30 @@ def _made(reporter: type[TrainerCallback], run: TrackedArm) -> TrainerCallback:
     return reporter(SummaryWriter(str(tensorboard_folder(run.session, run.arm)), purge_step=beyond))
 
 
-def _begin_wandb(run: TrackedArm, args: TrainingArguments) -> Any:
+def _begin_wandb(run: TrackedArm) -> Any:
     """wandb with a run for this arm; None where it is not asked for, or a run is open that is not ours to close."""
     if not any(type(each).__name__ == "WandbCallback" for each in run.reporters):
         return None
-    import os
+    return open_wandb(
+        run.session,
+        run.run_name,
+        id=re.sub(r"[^\w-]", "-", run.run_name),
+        resume="allow" if run.session.recipe.options.resume_from_checkpoint else None,
+        config={"arm": run.arm},
+    )
 
+
+def open_wandb(session: Session, name: str, *, config: Mapping[str, Any], **options: Any) -> Any:
+    """wandb with a run of ours, to be finished; None where one is open already."""
     import wandb
 
     if wandb.run is not None:
         return None
     wandb.init(
-        project=os.environ.get("WANDB_PROJECT", args.project),
-        group=os.environ.get("WANDB_RUN_GROUP", group(run.session)),
-        name=run.run_name,
-        id=re.sub(r"[^\w-]", "-", run.run_name),
-        resume="allow" if run.session.recipe.options.resume_from_checkpoint else None,
-        config={"arm": run.arm, "recipe": run.session.recipe.to_json()},
+        project=os.environ.get("WANDB_PROJECT", project(session)),
+        group=os.environ.get("WANDB_RUN_GROUP", group(session)),
+        name=name,
+        config={**config, "recipe": session.recipe.to_json()},
+        **options,
     )
     return wandb

@@ -7,7 +7,6 @@ arm.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ropemods.report.words import number
 from ropemods.training.arms import ArmResult
 from ropemods.training.reporters import reporters
 from ropemods.training.session import Session
-from ropemods.training.tracked_arm import PROJECT, group, new_run_name, scalars, tensorboard_folder
+from ropemods.training.tracked_arm import group, new_run_name, open_wandb, project, scalars, tensorboard_folder
 
 CELL = 24
 """Pixels of a head's side."""
@@ -70,19 +69,14 @@ def _to_tensorboard(session: Session, table: str, compared: Mapping[str, Compari
 def _to_wandb(session: Session, rows: list[dict[str, Any]], pages: Mapping[str, Path]) -> None:
     import wandb
 
-    mine = wandb.run is None
-    if mine:
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", session.recipe.training.get("project", PROJECT)),
-            group=os.environ.get("WANDB_RUN_GROUP", group(session)),
-            name=new_run_name(session, "comparison"),
-            config={"recipe": session.recipe.to_json()},
-        )
+    mine = open_wandb(session, new_run_name(session, "comparison"), config={})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     arms = wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])
-    wandb.log({"arms": arms, **{name: wandb.Html(path.read_text("utf-8")) for name, path in pages.items()}})
-    if mine:
-        wandb.finish()
+    try:
+        wandb.log({"arms": arms, **{name: wandb.Html(path.read_text("utf-8")) for name, path in pages.items()}})
+    finally:
+        if mine is not None:
+            wandb.finish()
 
 
 def _to_trackio(session: Session, rows: list[dict[str, Any]], table: str, pages: Mapping[str, Path]) -> None:
@@ -90,7 +84,7 @@ def _to_trackio(session: Session, rows: list[dict[str, Any]], table: str, pages:
 
     training = session.recipe.training
     trackio.init(
-        project=training.get("project", PROJECT),
+        project=project(session),
         name=new_run_name(session, "comparison"),
         group=group(session),
         space_id=training.get("trackio_space_id"),
