@@ -50,13 +50,18 @@ PLANS: dict[str, list[tuple[Arm, tuple[int, ...]]]] = {
         (Arm(10.0, steps=96), (0,)),
         (Arm(30.0, steps=96, unigram=0.25), (0,)),
         (Arm(3.0, steps=96), (0,)),
+        # The total as well, and what can hold a row's denominator still.
+        (Arm(3.0, steps=96, total=1.0, mods=("log",)), (0,)),
+        (Arm(3.0, steps=96, total=1.0), (0,)),
+        (Arm(3.0, steps=96, total=1.0, mods=("keyed", "log")), (0,)),
         (Arm(steps=96), (1,)),
         (Arm(10.0, steps=96), (1,)),
+        (Arm(3.0, steps=96), (1,)),
         (Arm(30.0, steps=96, unigram=0.25), (1,)),
         (Arm(steps=96), (2,)),
+        (Arm(3.0, steps=96), (2,)),
         (Arm(10.0, steps=96), (2,)),
         (Arm(30.0, steps=96, unigram=0.25), (2,)),
-        (Arm(3.0, steps=96), (1, 2)),
         (Arm(10.0, steps=96, layers=(0.3, 1.0)), (0,)),
         (Arm(30.0, steps=96), (0,)),
         # A million tokens: what more training gives.
@@ -124,17 +129,23 @@ def collected(done: Mapping[str, Any], scale: str) -> dict[str, Any]:
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
         if not both:
             continue
-        row: dict[str, Any] = {"seeds": len(both), "steps": arm.steps, "weight": arm.weight, "instruments": {}}
+        row: dict[str, Any] = {
+            "seeds": len(both),
+            "steps": arm.steps,
+            "weight": arm.weight,
+            "total": arm.total,
+            "instruments": {},
+        }
         for name in ("search", "report", "other", "unigram"):
             ours, theirs = ([pair[n]["measured"][name] for pair in both] for n in (0, 1))
             found = row["instruments"][name] = {}
             for term in (term for term in TERMS if term in ours[0]):
                 found[term] = _ends(mean(ours, term))
-                if arm.weight:
+                if arm.penalised:
                     found[f"{term}_change"] = _ends(ratio(ours, theirs, term))
         row["probe"] = {k: _mean(pair[0]["measured"]["probe"][k] for pair in both) for k in base["probe"]}
         row["far"] = {k: _mean(np.mean(pair[0]["measured"]["far"][k]) for pair in both) for k in base["far"]}
-        if arm.weight:
+        if arm.penalised:
             row["far_change"] = {k: _paired(both, k) for k in base["far"]}
         row["seconds"] = {k: _mean(pair[0]["seconds"][k] for pair in both) for k in ("training", "measuring")}
         rows[arm.name] = row
@@ -153,7 +164,7 @@ def best(rows: Mapping[str, Any]) -> str | None:
     fit = {
         name: row["instruments"]["search"]
         for name, row in rows.items()
-        if row["weight"] and row["instruments"]["search"]["loss_change"]["value"] <= 0.001
+        if (row["weight"] or row["total"]) and row["instruments"]["search"]["loss_change"]["value"] <= 0.001
     }
     return min(fit, key=lambda name: fit[name]["residual"]["value"]) if fit else None
 
@@ -276,7 +287,7 @@ def main() -> None:
     for name, job in list(jobs_of(bench, options.scale).items())[share - 1 :: shares]:
         if not any(word in name for word in options.only):
             continue
-        steps = 0 if name == "base" else int(name.split()[1])
+        steps = steps_of(name)
         left = 60 * options.minutes - (time.monotonic() - began)
         if rate * (steps + 40) > left:  # what is measured takes about as long as so many steps
             print(f"{name}: left out, {left:.0f} s are left", flush=True)
@@ -286,6 +297,11 @@ def main() -> None:
         if steps:
             rate = max(rate, (time.monotonic() - start) / (steps + 40))
     show(options.output, options.scale)
+
+
+def steps_of(name: str) -> int:
+    """Of a cell by its name: 0 of the base."""
+    return next((int(word) for word in name.split() if word.isdigit()), 0)
 
 
 def show(folder: Path, scale: str, results: Path | None = None) -> None:

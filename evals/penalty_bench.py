@@ -34,8 +34,18 @@ from ropemods.leakage.protocol import Protocol
 from ropemods.leakage.sums import Sums
 from ropemods.model.attention_function import observed
 from ropemods.model.observation import observing
+from ropemods.mods import Mod
 from ropemods.training.text import is_held_out
 
+MODS: dict[str, Mod] = {
+    "keyed": rm.KeyedSink(offset=32),
+    "log": rm.LogTemperature(),
+    "temperature": rm.AdaptiveTemperature(start="model", trainable="head"),
+    "anchored": rm.AnchoredBos(offset=32),
+}
+"""Each starts at the model."""
+FASTER = 100
+"""The learning rate of a modification's parameters over the model's."""
 LENGTH, LONG, FAR = 256, 1024, 2048
 FAR_BINS = (0, 64, 256, 512, 1024, 2047)
 PROBED = (0.1, 0.27, 0.5, 0.73, 0.97)
@@ -59,14 +69,24 @@ class Arm:
     """Half of each step's tokens come as rows of 1024."""
     layers: tuple[float, float] | None = None
     """Penalised layers as shares of the depth, from and up to; None: all but the first."""
+    total: float = 0.0
+    """Weight of the early total."""
+    mods: tuple[str, ...] = ()
+    """Of MODS, put on before."""
 
     @property
     def control(self) -> Arm:
         return Arm(steps=self.steps, long=self.long)
 
     @property
+    def penalised(self) -> bool:
+        return self.weight > 0 or self.total > 0
+
+    @property
     def name(self) -> str:
-        said = [f"w{self.weight:g}" if self.weight else "control", f"{self.steps}"]
+        weights = [f"w{self.weight:g}"] * bool(self.weight) + [f"t{self.total:g}"] * bool(self.total)
+        said = [*self.mods, *weights] or ["control"]
+        said += [f"{self.steps}"]
         said += [f"warm{self.warmup}"] * bool(self.warmup) + [f"unigram{self.unigram:g}"] * bool(self.unigram)
         said += ["long"] * self.long
         said += [f"layers{self.layers[0]:g}-{self.layers[1]:g}"] if self.layers else []
@@ -160,27 +180,37 @@ class Bench:
 
     def train(self, model: nn.Module, arm: Arm, seed: int) -> dict[str, Any]:
         """AdamW, a cosine to 0, bf16 autocast: nothing else around the penalty."""
+        if arm.mods:
+            rm.apply(model, *(MODS[name] for name in arm.mods))
         model.train()
         parameters = list(model.parameters())
-        wide, narrow = ([q for q in parameters if (q.ndim > 1) == w] for w in (True, False))
+        added = [q for name, q in model.named_parameters() if "ropemods" in name]
+        own = [q for name, q in model.named_parameters() if "ropemods" not in name]
+        wide, narrow = ([q for q in own if (q.ndim > 1) == w] for w in (True, False))
+        groups = [
+            {"params": wide, "weight_decay": 0.1, "initial_lr": self.p["learning_rate"]},
+            {"params": narrow, "weight_decay": 0.0, "initial_lr": self.p["learning_rate"]},
+            # A modification's numbers, a few a head, start at 0 and have a long way to go.
+            {"params": added, "weight_decay": 0.0, "initial_lr": FASTER * self.p["learning_rate"]},
+        ]
         optimizer = torch.optim.AdamW(
-            [{"params": wide, "weight_decay": 0.1}, {"params": narrow, "weight_decay": 0.0}],
+            [group for group in groups if group["params"]],
             lr=self.p["learning_rate"],
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
         )
         penalized = None
-        if arm.weight:
+        if arm.penalised:
             count = model.config.num_hidden_layers  # type: ignore[union-attr]
             layers = None
             if arm.layers is not None:
                 layers = range(max(1, round(arm.layers[0] * count)), round(arm.layers[1] * count))
-            penalized = rm.penalize(model, weight=arm.weight, warmup_steps=arm.warmup, layers=layers)
+            penalized = rm.penalize(model, weight=arm.weight, total=arm.total, warmup_steps=arm.warmup, layers=layers)
         said: list[Tensor] = []
         for step, parts in enumerate(self.batches(arm, seed)):
             rate = min((step + 1) / self.p["warmup"], (1 + math.cos(math.pi * step / arm.steps)) / 2)
             for group in optimizer.param_groups:
-                group["lr"] = self.p["learning_rate"] * rate
+                group["lr"] = group["initial_lr"] * rate
             for ids, labels in parts:
                 with torch.autocast(self.device.type, dtype=torch.bfloat16):
                     loss = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -228,11 +258,13 @@ class Bench:
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        # Whole rows of logits of 256 tokens are small, and eager attention is the same code on every device.
-        model.set_attn_implementation("eager")  # type: ignore[operator]
+        stock = model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+        if stock:  # whole rows of logits of 256 tokens are small, and eager attention is the same code everywhere
+            model.set_attn_implementation("eager")  # type: ignore[operator]
         for name, protocol in protocols(self.p).items():
             found[name] = self.leakage(model, name, protocol)
-        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+        if stock:
+            model.set_attn_implementation("sdpa")  # type: ignore[operator]
         found["far"] = self.far_loss(model)
         found["probe"] = self.probe(model)
         return found

@@ -4,13 +4,17 @@
     Trainer(model, …, callbacks=[penalized.callback()]).train()
     penalized.remove()                      # the model is a stock model, and so was every checkpoint of it
 
-What joins the loss is weight × P. With D(i, δ) of `leakage/deviations.py`, for each layer, head and early query i,
+What joins the loss is weight × P. With D(i, δ) of `model/deviations.py`, for each layer, head and early query i,
 
     P = mean of 2 · D̄(i, δ) · D(i, δ)          D̄ = bias-corrected running mean of *earlier* steps' D, a constant
 
 Its gradient is that of the mean square of E D, the early residual that `measure` reports, nearly without noise: the
 square of one batch's D would pay for its noise, and a product with what other batches said does not. In the first step
 there is no D̄, and nothing is penalised. P / 2 estimates the early residual without bias, so it may be negative.
+
+`total=` asks the same of whole rows' log-probabilities, D(i, δ) + M(i) of `model/whole_rows.py`, so of the
+denominators as well. They grow with the row by themselves, and a model holds them still by what does not: the BOS that
+it parks on, a slot, a temperature that grows (`LogTemperature`).
 
 **Where it joins.** A model that is called with `labels` in training mode returns a loss with the penalty in it, so
 Trainer and plain loops need no change. Where the loss is computed from something else, as you may do and TRL's trainers
@@ -43,7 +47,7 @@ from transformers import TrainerCallback
 
 from ropemods.model import attention_function, deviations, layer_losses
 from ropemods.model.attention_layers import attention_layers, heads_of
-from ropemods.model.layer_losses import Pass
+from ropemods.model.layer_losses import Pass, Weights
 from ropemods.model.wrappers import base_model
 
 EMPTY_PASSES = 16
@@ -57,7 +61,9 @@ class Penalty:
     """How leakage is penalised."""
 
     weight: float
-    """Nats of loss for one nat² of 2 × leakage."""
+    """Nats of loss for one nat² of 2 × the early residual."""
+    total: float = 0.0
+    """The same for the early total."""
     warmup_steps: int = 0
     """The weight rises linearly from 0 over so many optimizer steps."""
     layers: tuple[int, ...] | None = None
@@ -75,7 +81,7 @@ class Penalty:
         for name in ("layers", "early"):  # lists, as JSON and YAML give them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("weight", "momentum"):
+        for name in ("weight", "total", "momentum"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"penalty: {name} takes a number, found {value!r}")
@@ -83,10 +89,10 @@ class Penalty:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"penalty: {name} must be a whole number from {least} up, not {value!r}")
-        if not 0 < self.weight < float("inf"):
+        if not (min(self.weight, self.total) >= 0 and 0 < self.weight + self.total < float("inf")):
             raise ValueError(
-                f"penalty: weight={self.weight}: above 0; to train on without the penalty, call remove() on "
-                "what penalize returned"
+                f"penalty: weight={self.weight}, total={self.total}: none below 0, and one above 0; to train on "
+                "without the penalty, call remove() on what penalize returned"
             )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"penalty: momentum={self.momentum}: from 0 to below 1")
@@ -103,8 +109,9 @@ class Penalty:
         """Tokens that a sequence must have, so that early and late queries do not meet."""
         return 2 * self.early[1]
 
-    def weight_after(self, steps: int) -> float:
-        return self.weight * min(1.0, steps / self.warmup_steps) if self.warmup_steps else self.weight
+    def weights_after(self, steps: int) -> Weights:
+        risen = min(1.0, steps / self.warmup_steps) if self.warmup_steps else 1.0
+        return Weights(self.weight * risen, self.total * risen)
 
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -125,7 +132,7 @@ class Last(NamedTuple):
     penalty: Tensor
     """As it was added to the loss."""
     leakage: Tensor
-    """P / 2: an unbiased estimate of the early residual, from one batch."""
+    """D̄ D: an unbiased estimate of the early residual, from one batch."""
     loss: Tensor | None = None
     """Without the penalty; None where the model was given no labels."""
 
@@ -149,7 +156,7 @@ class Penalized:
             )
         self._layers = {layers[n]: n for n in options.chosen(len(layers))}
         self._mean: Tensor | None = None
-        """Running mean (LHEW), biased towards 0 until `_corrected`."""
+        """Running mean (LHEX), biased towards 0 until `_corrected`."""
         self._known = 0
         """Steps that the mean knows."""
         self._sum: Tensor | None = None
@@ -187,8 +194,13 @@ class Penalized:
 
     @property
     def weight(self) -> float:
+        """Of the residual, in force now."""
+        return self.weights.residual
+
+    @property
+    def weights(self) -> Weights:
         """In force now."""
-        return self.options.weight_after(self.steps)
+        return self.options.weights_after(self.steps)
 
     def step(self) -> None:
         """End an optimizer step. Called by itself when a torch optimizer steps; yours to call where none does."""
@@ -225,8 +237,14 @@ class Penalized:
         return progress if self._mean is None else {"mean": self._mean, **progress}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        mean = state.get("mean")
+        if mean is not None and mean.shape[-1] != self._columns:
+            raise ValueError(
+                f"penalty: the running mean of this checkpoint has {mean.shape[-1]} columns, and window and total make "
+                f"{self._columns}; go on with the window of its run, and with a total where it had one"
+            )
         self.steps, self._known = state["progress"].tolist()
-        self._mean = state.get("mean")
+        self._mean = mean
         self._sum, self._runs, self._passes = None, 0, 0
 
     def __enter__(self) -> Penalized:
@@ -264,21 +282,21 @@ class Penalized:
         if self._plan is None or self._plan[0] != (found, device):
             made = deviations.plan(found, early=options.early, window=options.window, late=options.late, device=device)
             self._plan = (found, device), made
-        return Pass(self._plan[1], self._layers, self._corrected(device))
+        return Pass(self._plan[1], self._layers, self.weights, self._corrected(device))
 
     def end(self, this: Pass) -> Tensor | None:
         found = this.deviations()
         self._sum = found * this.plan.runs if self._sum is None else self._sum + found * this.plan.runs
         self._runs += this.plan.runs
-        if this.mean_LHEW is None:
+        if this.mean_LHEX is None:
             self.last = Last(*found.new_zeros(2))
             return None
-        value = this.penalty(found)
-        self.last = Last(self.weight * value, value / 2)
-        return value
+        residual = (this.mean_LHEX * found)[..., : this.plan.window].mean()
+        self.last = Last(this.penalty(found), residual)
+        return self.last.penalty
 
     def left(self, penalty: Tensor) -> None:
-        self._penalty = self.weight * penalty
+        self._penalty = penalty
 
     def with_penalty(self, loss: Tensor, share: Tensor | float) -> Tensor:
         assert self.last is not None
@@ -294,8 +312,13 @@ class Penalized:
         (penalty, leakage, shares, count), self._said = self._said.tolist(), None
         return {"penalty": penalty / max(shares, 1e-30), "leakage": leakage / count}
 
+    @property
+    def _columns(self) -> int:
+        """Of deviations: an offset each, and the denominators' where the total counts."""
+        return self.options.window + (self.options.total > 0)
+
     def _corrected(self, device: torch.device) -> Tensor | None:
-        if self._mean is None or self.weight == 0:
+        if self._mean is None or not any(self.weights):
             return None
         return (self._mean / (1 - self.options.momentum**self._known)).to(device)
 
@@ -307,7 +330,7 @@ class Penalized:
         if total is None:
             layer = next(iter(self._layers))
             shape = (len(self._layers), heads_of(layer), self.options.early[1] - self.options.early[0])
-            total = torch.zeros(*shape, self.options.window, device=self._device)
+            total = torch.zeros(*shape, self._columns, device=self._device)
         runs = torch.tensor([float(self._runs)], device=total.device)
         dist.all_reduce(total)
         dist.all_reduce(runs)
@@ -318,6 +341,7 @@ def penalize(
     model: nn.Module,
     *,
     weight: float,
+    total: float = 0.0,
     warmup_steps: int = 0,
     layers: Sequence[int] | None = None,
     early: tuple[int, int] = (8, 64),
@@ -325,12 +349,14 @@ def penalize(
     late: int = 32,
     momentum: float = 0.9,
 ) -> Penalized:
-    """Add weight × the early residual leakage of every training batch to the model's loss, until `remove()`.
+    """Add weight × the early residual leakage of every training batch, and total × the early total, to the model's
+    loss, until `remove()`.
 
     The arguments are the fields of `Penalty`, which says what each means.
     """
     options = Penalty(
         weight=weight,
+        total=total,
         warmup_steps=warmup_steps,
         layers=None if layers is None else tuple(layers),
         early=early,

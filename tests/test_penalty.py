@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ropemods as rm
-from ropemods.attention.rows import Rows
+from ropemods.attention.rows import Rows, shown
 from ropemods.model import attention_function, deviations
 from ropemods.model.anatomy import survey
 from ropemods.model.attention_layers import attention_layers
@@ -35,7 +35,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def warmed(model: nn.Module, **options) -> rm.Penalized:
     """With a running mean, as after a first step."""
-    penalized = rm.penalize(model, weight=3.0, **(OPTIONS | options))
+    penalized = rm.penalize(model, **({"weight": 3.0} | OPTIONS | options))
     model.train()
     with torch.random.fork_rng():
         model(**batch(seed=100), use_cache=False)
@@ -55,44 +55,53 @@ def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1e-12)) for n in b)
 
 
-def naive_deviations(model: nn.Module, ids: Tensor) -> Tensor:
-    """D (LHEW) from whole T × T logits with a graph."""
+def naive_deviations(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """D (LHEW) and M (LHE1) from whole T × T logits with a graph."""
     (start, stop), w = OPTIONS["early"], OPTIONS["window"]
     layers = [module for _, module in attention_layers(model)]
-    found: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
 
     def listen(call: attention_function.Asked) -> None:
         k = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
         s = call.query @ k.mT * call.options["scaling"]
         if call.options.get("softcap"):
             s = call.options["softcap"] * torch.tanh(s / call.options["softcap"])
-        r = {}
+        seen = torch.ones(LENGTH, LENGTH).tril() > 0 if call.mask is None else shown(call.mask)
+        r, m = {}, {}
         late = range(LENGTH // 2, LENGTH, (LENGTH // 2) // OPTIONS["late"])
         for i in (*range(start, stop), *late):
             row = torch.stack([s[:, :, i, i - offset] for offset in range(w)], -1)
             r[i] = (row - row.logsumexp(-1, keepdim=True)).mean(0)
-        far = torch.stack([r[i] for i in late]).mean(0)
-        found.append(torch.stack([r[i] - far for i in range(start, stop)], 1))
+            whole = s[:, :, i].masked_fill(~seen[..., i, :], -torch.inf)
+            m[i] = (row.logsumexp(-1) - whole.logsumexp(-1)).mean(0)[..., None]
+        far = [torch.stack([x[i] for i in late]).mean(0) for x in (r, m)]
+        found.append(
+            tuple(torch.stack([x[i] - y for i in range(start, stop)], 1) for x, y in zip((r, m), far, strict=True))
+        )
 
     survey(model)
     with attention_function.passing(layers), attention_function.asked(model, listen):
         model(input_ids=ids, use_cache=False)
-    return torch.stack(found[1:])
+    return tuple(torch.stack(x) for x in zip(*found[1:], strict=True))
 
 
-@pytest.mark.parametrize("architecture", list(zoo.ARCHITECTURES))
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_gradient_is_that_of_the_formula_in_fp64(architecture: str, backend: str) -> None:
-    if (architecture, backend) not in zoo.pairs():
-        pytest.skip("transformers refuses this pair")
+WEIGHTS = [{"weight": 3.0}, {"weight": 2.0, "total": 0.7}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["residual", "total"])
+@pytest.mark.parametrize(("architecture", "backend"), zoo.pairs())
+def test_gradient_is_that_of_the_formula_in_fp64(architecture: str, backend: str, weights: dict[str, float]) -> None:
     model = zoo.build(architecture, backend, dtype=torch.float64)
     before, now = zoo.tokens(4, LENGTH, seed=100), zoo.tokens(4, LENGTH, seed=0)
-    mean = naive_deviations(model, before).detach()
-    wanted_value = 3.0 * 2 * (mean * naive_deviations(model, now)).mean()
+    D_before, M_before = (x.detach() for x in naive_deviations(model, before))
+    D, M = naive_deviations(model, now)
+    wanted_value = weights["weight"] * 2 * (D_before * D).mean()
+    wanted_value = wanted_value + weights.get("total", 0.0) * 2 * ((D_before + M_before) * (D + M)).mean()
     wanted = torch.autograd.grad(wanted_value, list(model.parameters()), allow_unused=True)
     plain = backward(model)
-    penalized = warmed(model)
+    penalized = warmed(model, **weights)
     both = backward(model)
+    assert float(penalized.last.leakage) == pytest.approx(float((D_before * D).mean()), rel=1e-6)
     assert float(penalized.last.penalty) == pytest.approx(float(wanted_value.detach()), rel=1e-6)
     model.zero_grad()
     model(**batch(), use_cache=False)
@@ -111,12 +120,12 @@ def test_mean_of_earlier_steps_is_corrected_for_its_start() -> None:
     penalized = rm.penalize(model, weight=1.0, momentum=0.8, **OPTIONS)
     seen = []
     for seed in range(3):
-        seen.append(naive_deviations(model.eval(), zoo.tokens(4, LENGTH, seed=seed)).detach())
+        seen.append(naive_deviations(model.eval(), zoo.tokens(4, LENGTH, seed=seed))[0].detach())
         model.train()(**batch(seed))
         penalized.step()
     wanted = sum(0.2 * 0.8 ** (2 - n) * d for n, d in enumerate(seen)) / (1 - 0.8**3)
     model(**batch(9))
-    last = naive_deviations(model.eval(), batch(9)["input_ids"])
+    last = naive_deviations(model.eval(), batch(9)["input_ids"])[0]
     assert float(penalized.last.leakage) == pytest.approx(float((wanted * last).mean()), rel=1e-4)
 
 
@@ -403,6 +412,45 @@ def test_temperature_s_gradient_is_part_of_the_penalty_s() -> None:
         assert found == pytest.approx((moved[0] - moved[1]) / 2e-4, rel=1e-3, abs=1e-7)
 
 
+MODS = {
+    "slot": [rm.KeyedSink(trains="all"), rm.LogTemperature()],
+    "BOS column": [rm.AnchoredBos(offset=3), rm.LearnedSink(init=0.3, read_bos=True)],
+    "offsets": [rm.ScaleInvariant()],
+    "temperature": [rm.AdaptiveTemperature(trainable="head", start="model"), rm.UnrotatedBos()],
+}
+
+
+@pytest.mark.parametrize("total", [0.0, 2.0])
+@pytest.mark.parametrize("mods", list(MODS))
+def test_gradient_is_the_penalty_s_slope_with_every_term_of_a_row(mods: str, total: float) -> None:
+    """Along a random direction in all parameters, in fp64. Norms compute in fp32 all the same, so steps are wide, and
+    two of them are joined so that the error is of their fourth power."""
+    backend = "eager" if mods == "offsets" else "sdpa"
+    model = rm.apply(zoo.build(backend=backend, dtype=torch.float64), *MODS[mods]).train()
+    penalized = warmed(model, total=total)
+    model.zero_grad()
+    model(**batch())
+    penalized.penalty().backward()
+    found = gradients(model)
+    draw = torch.Generator().manual_seed(1)
+    way = {n: torch.randn(g.shape, generator=draw, dtype=torch.float64) for n, g in found.items()}
+
+    def penalty_at(step: float) -> float:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.add_(way.get(name, 0.0), alpha=step)
+        model(**batch())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.sub_(way.get(name, 0.0), alpha=step)
+        return float(penalized.last.penalty)
+
+    once, twice = ((penalty_at(h) - penalty_at(-h)) / (2 * h) for h in (1e-3, 2e-3))
+    slope = sum(float((found[n] * way[n]).sum()) for n in found)
+    assert abs(slope) > 1e-2
+    assert (4 * once - twice) / 3 == pytest.approx(slope, rel=1e-3)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_lora_trains_on_it(order: str) -> None:
     from peft import LoraConfig, get_peft_model
@@ -461,7 +509,7 @@ def test_compiled_model_trains_alike() -> None:
 
 def test_warm_up_is_linear_in_steps() -> None:
     options = rm.Penalty(weight=4.0, warmup_steps=8)
-    assert [options.weight_after(n) for n in (0, 2, 8, 100)] == [0.0, 1.0, 4.0, 4.0]
+    assert [options.weights_after(n).residual for n in (0, 2, 8, 100)] == [0.0, 1.0, 4.0, 4.0]
 
 
 def test_running_mean_survives_in_checkpoints(tmp_path: Path) -> None:
@@ -489,6 +537,7 @@ def test_running_mean_survives_in_checkpoints(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"weight": 0}, r"remove\(\)"),
+        ({"weight": 1.0, "total": -1.0}, "none below 0"),
         ({"weight": -1.0}, "above 0"),
         ({"weight": 1.0, "window": 1}, "window"),
         ({"weight": 1.0, "early": (4, 64)}, "early"),
@@ -529,12 +578,12 @@ def test_chosen_layers_alone_are_read() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_two_ranks_penalise_as_one_process_does(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "total"), [("ddp", 1.0), ("fsdp2", 0.0), ("zero2", 0.0), ("zero3", 1.0)])
+def test_two_ranks_penalise_as_one_process_does(kind: str, total: float, tmp_path: Path) -> None:
     from tests.ranks import penalty_worker
 
-    wanted, model = penalty_worker.alone()
-    forked.run(penalty_worker.main, kind, tmp_path, ranks=2)
+    wanted, model = penalty_worker.alone(total)
+    forked.run(penalty_worker.main, kind, total, tmp_path, ranks=2)
     found = json.loads((tmp_path / "losses.json").read_text())
     assert found == pytest.approx(wanted, abs=2e-4)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -22,12 +22,12 @@ def tempered(rows: Rows) -> Rows:
 
 def entropy(rows: Rows) -> Tensor:
     """H of every row as its entropy scale reads it."""
-    return _entropy_read(rows, *_logits(rows))
+    return _entropy_read(rows, *logits_of(rows))
 
 
 def attend(rows: Rows, *, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out_BHTD, the probabilities of the keys (B, H, T, S), and the log of the denominator (B, H, T)."""
-    logits, bias = _logits(rows)
+    logits, bias = logits_of(rows)
     if rows.entropy_scale is not None:
         beta = rows.entropy_scale.beta(_entropy_read(rows, logits, bias))
         logits = logits * _of_columns(rows, beta, None if rows.entropy_scale.spares_column else beta)
@@ -79,7 +79,7 @@ def _of_columns(rows: Rows, beta_BHT: Tensor, column_BHT: Tensor | None) -> Tens
     return torch.where(rows.column.is_bos_BS[:, None, None, :], other.unsqueeze(-1), beta_BHT.unsqueeze(-1))
 
 
-def _logits(rows: Rows) -> tuple[Tensor, Tensor | None]:
+def logits_of(rows: Rows) -> tuple[Tensor, Tensor | None]:
     """The logits of all keys as a row scale leaves them, and what is added to them, if anything: visibility, the BOS
     weight, biases of keys and offsets."""
     dtype = wide(rows.q_BHTD.dtype)

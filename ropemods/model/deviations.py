@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     key_NC: Tensor
     early: int
     window: int
+    near: int
+    """Columns up to the last that an early query sees."""
 
     @property
     def runs(self) -> int:
@@ -72,7 +74,12 @@ def plan(
     far_NC = (late_NA[..., None] + torch.arange(1 - window, 1)).flatten(1)
     key_NC = torch.cat((near_NC, far_NC), 1)
     return Plan(
-        row_N1.to(device), (start_N1 + query_NQ).to(device), (start_N1 + key_NC).to(device), len(early_E), window
+        row_N1.to(device),
+        (start_N1 + query_NQ).to(device),
+        (start_N1 + key_NC).to(device),
+        early=len(early_E),
+        window=window,
+        near=int(start_N1.max()) + early[1],
     )
 
 
@@ -88,8 +95,24 @@ def read(rows: Rows, plan: Plan) -> Read:
     )
 
 
-def put_back(grad_BHTx: Tensor, at_NQ: Tensor, row_N1: Tensor, more_NQHx: Tensor) -> Tensor:
-    """A gradient of queries or keys with that of what was read of them added."""
+def tensors(rows: Rows) -> list[Tensor]:
+    """What a gradient may be wanted of, in the order of `Read.tensors`."""
+    return [rows.q_BHTD, rows.k_BGSD, *([] if rows.row_scale is None else [rows.row_scale.beta_BHT])]
+
+
+def with_tensors(rows: Rows, given: tuple[Tensor, ...]) -> Rows:
+    rows = rows._replace(q_BHTD=given[0], k_BGSD=given[1])
+    scale = rows.row_scale
+    return rows if scale is None else rows._replace(row_scale=scale._replace(beta_BHT=given[2]))
+
+
+def put_back(grads: tuple[Tensor, ...], plan: Plan, more: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of `tensors` with those of what was read of them added."""
+    columns = (plan.query_NQ, plan.key_NC, plan.query_NQ)
+    return tuple(_added(g, at, plan.row_N1, x) for g, at, x in zip(grads, columns, more, strict=False))
+
+
+def _added(grad_BHTx: Tensor, at_NQ: Tensor, row_N1: Tensor, more_NQHx: Tensor) -> Tensor:
     B, H, T = grad_BHTx.shape[:3]
     flat = grad_BHTx.transpose(1, 2).reshape(B * T, H, *grad_BHTx.shape[3:])
     index = (row_N1 * T + at_NQ).flatten()

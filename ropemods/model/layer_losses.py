@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +26,37 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ropemods.attention.rows import Rows
-from ropemods.model import deviations
+from ropemods.model import deviations, whole_rows
 from ropemods.model.attention_layers import entrances
 from ropemods.model.deviations import Plan, Read
 from ropemods.model.sequences import runs_of
 
 PASS = "ropemods_pass"
+BIASES = {"KeyBias", "OffsetBias"}
+"""Terms that act on single logits of a row, and that only whole rows show."""
 AT_ONCE = 1 << 24
 """Numbers of the keys' windows that are worked on together."""
+
+
+class Weights(NamedTuple):
+    """Nats of loss for one nat² of 2 × the residual, and of 2 × the total."""
+
+    residual: float
+    total: float
 
 
 class Pass:
     """One forward pass in training: what was read of its layers, and the gradient on its way back to them."""
 
-    def __init__(self, plan: Plan, layers: dict[nn.Module, int], mean_LHEW: Tensor | None) -> None:
-        self.plan, self.layers = plan, layers
-        self.mean_LHEW = mean_LHEW
-        """What is multiplied with this batch's deviations, a constant; None where nothing is penalised yet."""
+    def __init__(self, plan: Plan, layers: dict[nn.Module, int], weights: Weights, mean_LHEX: Tensor | None) -> None:
+        """`mean_LHEX` is what is multiplied with this batch's deviations, a constant; None where nothing is penalised
+        yet."""
+        self.plan, self.layers, self.weights, self.mean_LHEX = plan, layers, weights, mean_LHEX
+        self.weight_LHEX = None if mean_LHEX is None else _weight(mean_LHEX, weights, plan.window)
         self.open = True
-        self.seen: dict[int, Read] = {}
-        self.gradients: dict[int, list[Tensor]] = {}
+        self.seen: dict[int, Read | Rows] = {}
+        self.put_back: dict[int, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
+        """What adds the penalty's gradient to that of a layer's tensors."""
 
     def through(self, module: nn.Module, rows: Rows) -> Rows:
         """Read a layer's rows, and give them back with the node that brings the gradient."""
@@ -56,6 +68,7 @@ class Pass:
                 f"the penalty needs whole sequences; attention layer {layer} has {rows.q_BHTD.shape[2]} queries on "
                 f"{rows.k_BGSD.shape[2]} keys. Train without a cache of earlier tokens"
             )
+        way = whole_rows if self.weights.total or rows.names() & BIASES else deviations
         if self.open:  # not when a layer is recomputed
             if layer in self.seen:
                 raise ValueError(
@@ -63,18 +76,14 @@ class Pass:
                     "one map a layer; leave it out with layers=…"
                 )
             with torch.no_grad():
-                self.seen[layer] = deviations.read(rows, self.plan)
-        if self.mean_LHEW is None:
+                self.seen[layer] = way.read(rows, self.plan)
+        if self.weight_LHEX is None:
             return rows
-        if rows.row_scale is None:
-            q_BHTD, k_BGSD = _Layer.apply(self, layer, rows.q_BHTD, rows.k_BGSD)
-            return rows._replace(q_BHTD=q_BHTD, k_BGSD=k_BGSD)
-        q_BHTD, k_BGSD, beta_BHT = _Layer.apply(self, layer, rows.q_BHTD, rows.k_BGSD, rows.row_scale.beta_BHT)
-        return rows._replace(q_BHTD=q_BHTD, k_BGSD=k_BGSD, row_scale=rows.row_scale._replace(beta_BHT=beta_BHT))
+        return way.with_tensors(rows, _Layer.apply(self, layer, *way.tensors(rows)))
 
     @torch.no_grad()
     def deviations(self) -> Tensor:
-        """D of all layers (LHEW), when the last has been read."""
+        """D of all layers, with M behind it where the total counts (LHEX), when the last has been read."""
         self.open = False
         missing = sorted(set(self.layers.values()) - set(self.seen))
         if missing:
@@ -82,34 +91,42 @@ class Pass:
                 f"the penalty did not reach the attention layers {missing}: this model does not hand keyword arguments "
                 "down to its attention, or skipped these layers; leave them out with layers=…"
             )
-        home = next(reversed(self.seen.values())).q_NQHD.device
-        return torch.cat([self._of(part, self._stacked(part)).to(home) for part in self._parts()])
+        found = [self._of(part, self._stacked(part)) for part in self._parts()]
+        return torch.cat([x.to(found[-1].device) for x in found])
 
-    def penalty(self, deviations_LHEW: Tensor) -> Tensor:
-        """2 D̄ D, its mean over layers, heads, queries and offsets."""
-        assert self.mean_LHEW is not None
-        return 2 * (self.mean_LHEW * deviations_LHEW).mean()
+    def penalty(self, deviations_LHEX: Tensor) -> Tensor:
+        assert self.weight_LHEX is not None
+        return (self.weight_LHEX * deviations_LHEX).sum()
 
     def send_back(self, scale: Tensor) -> None:
         """The gradient of `scale` times the penalty, made ready for every layer."""
-        assert self.mean_LHEW is not None
+        assert self.weight_LHEX is not None
         at = {layer: n for n, layer in enumerate(sorted(self.seen))}
         for part in self._parts():
+            weight_LHEX = self.weight_LHEX[at[part[0]] : at[part[0]] + len(part)]
+            first = self.seen[part[0]]
+            if isinstance(first, Rows):
+                options = {"seen": first, "plan": self.plan, "weight_HEX": weight_LHEX[0], "scale": scale}
+                self.put_back[part[0]] = partial(whole_rows.put_back, **options)
+                continue
             with torch.enable_grad():
                 stacked = [None if x is None else x.requires_grad_() for x in self._stacked(part)]
-                mean = self.mean_LHEW[at[part[0]] : at[part[0]] + len(part)]
                 found = self._of(part, stacked)
-                value = (mean.to(found.device) * found).sum() * (2 / self.mean_LHEW.numel())
+                value = (weight_LHEX.to(found.device) * found).sum()
             wanted = [x for x in stacked if x is not None]
             grads = torch.autograd.grad(value, wanted, scale.to(value.device, value.dtype))
             for n, layer in enumerate(part):
-                self.gradients[layer] = [grad[n] for grad in grads]
+                more = [grad[n] for grad in grads]
+                self.put_back[layer] = partial(deviations.put_back, plan=self.plan, more=more)
 
     def _parts(self) -> list[list[int]]:
-        """Neighbouring layers of one shape, so many that their keys' windows fit the working memory."""
+        """Neighbouring layers of one shape, so many that their keys' windows fit the memory; whole rows alone."""
         parts: list[list[int]] = []
         for layer in sorted(self.seen):
             one = self.seen[layer]
+            if isinstance(one, Rows):
+                parts.append([layer])
+                continue
             most = AT_ONCE // (one.k_NCGD[0, 0].numel() * self.plan.query_NQ.numel() * self.plan.window)
             if parts and len(parts[-1]) < most and _alike(self.seen[parts[-1][0]], one):
                 parts[-1].append(layer)
@@ -118,24 +135,43 @@ class Pass:
         return parts
 
     def _stacked(self, part: list[int]) -> list[Tensor | None]:
+        if isinstance(self.seen[part[0]], Rows):
+            return []
         q_L, k_L, beta_L = zip(*(self.seen[layer][:3] for layer in part), strict=True)
         return [torch.stack(q_L), torch.stack(k_L), None if beta_L[0] is None else torch.stack(beta_L)]
 
     def _of(self, part: list[int], stacked: list[Tensor | None]) -> Tensor:
+        first = self.seen[part[0]]
+        if isinstance(first, Rows):
+            with torch.autocast(first.q_BHTD.device.type, enabled=False):
+                return whole_rows.deviations(first, self.plan, total=bool(self.weights.total))[None]
         q_LNQHD, k_LNCGD, beta_LNQH = stacked
         assert q_LNQHD is not None and k_LNCGD is not None
         with torch.autocast(q_LNQHD.device.type, enabled=False):
-            return deviations.deviations(q_LNQHD, k_LNCGD, beta_LNQH, self.seen[part[0]], self.plan)
+            return deviations.deviations(q_LNQHD, k_LNCGD, beta_LNQH, first, self.plan)
 
 
-def _alike(one: Read, other: Read) -> bool:
-    return (one.scale, one.softcap, *((x.shape, x.device) for x in one.tensors)) == (
+def _weight(mean_LHEX: Tensor, weights: Weights, window: int) -> Tensor:
+    """What a penalty is the sum of, times the deviations: of 2 D̄ D, a mean over layers, heads, queries and offsets,
+    and of 2 (D̄ + M̄) (D + M)."""
+    D_LHEW, M_LHEx = mean_LHEX.split((window, mean_LHEX.shape[-1] - window), -1)
+    weight_LHEX = weights.residual * mean_LHEX
+    if weights.total:
+        T_LHEW = D_LHEW + M_LHEx
+        whole_LHEX = torch.cat((T_LHEW, T_LHEW.sum(-1, keepdim=True)), -1)
+        weight_LHEX[..., window:] = 0
+        weight_LHEX = weight_LHEX + weights.total * whole_LHEX
+    return weight_LHEX * (2 / D_LHEW.numel())
+
+
+def _alike(one: Read | Rows, other: Read) -> bool:
+    return isinstance(one, Read) and (one.scale, one.softcap, *((x.shape, x.device) for x in one.tensors)) == (
         other.scale, other.softcap, *((x.shape, x.device) for x in other.tensors)
     )  # fmt: skip
 
 
 class _Layer(torch.autograd.Function):
-    """Queries, keys and perhaps β as they are; on the way back the penalty's gradient joins theirs."""
+    """What a layer's logits are made of, as it is; on the way back the penalty's gradient joins its own."""
 
     @staticmethod
     def forward(ctx: Any, this: Pass, layer: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -145,16 +181,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        this, plan = ctx.this, ctx.this.plan
-        more = this.gradients.pop(ctx.layer, None)
-        if more is None:
-            return None, None, *grads
-        columns = (plan.query_NQ, plan.key_NC, plan.query_NQ)
-        added = (
-            deviations.put_back(grad, at, plan.row_N1, each)
-            for grad, at, each in zip(grads, columns, more, strict=False)
-        )
-        return None, None, *added
+        put_back = ctx.this.put_back.pop(ctx.layer, None)
+        return None, None, *(grads if put_back is None else put_back(grads))
 
 
 class _Exit(torch.autograd.Function):

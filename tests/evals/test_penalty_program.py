@@ -60,13 +60,19 @@ def test_batches_are_the_same_text_for_every_arm_of_a_seed(bench: Bench) -> None
 
 
 def test_a_cell_trains_measures_and_is_compared_with_its_control(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = [(Arm(steps=3), (0,)), (Arm(10.0, steps=3), (0,))]
+    arm = Arm(10.0, steps=3, total=1.0, mods=("keyed", "log"))
+    plan = [(Arm(steps=3), (0,)), (arm, (0,))]
     monkeypatch.setitem(penalty.PLANS, "nano", plan)
     done = {name: job() for name, job in penalty.jobs_of(bench, "nano").items()}
-    one, other = done["control 3 seed 0"], done["w10 3 seed 0"]
-    assert one["loss"][:2] == other["loss"][:2] and one["leakage"] == [0, 0, 0] and other["leakage"][1] != 0
+    one, other = done["control 3 seed 0"], done[f"{arm.name} seed 0"]
+    assert arm.name == "keyed log w10 t1 3"
+    assert (
+        other["loss"][0] == pytest.approx(one["loss"][0], rel=0.02)
+        and one["leakage"] == [0, 0, 0]
+        and other["leakage"][1] != 0
+    )
     found = penalty.collected(done, "nano")
-    row = found["arms"]["w10 3"]
+    row = found["arms"][arm.name]
     assert set(row["instruments"]) == {"search", "report", "other", "unigram"}
     assert row["instruments"]["report"]["mask_change"]["value"] != 0
     assert penalty.table(found).count("\n") == 4

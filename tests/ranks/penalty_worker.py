@@ -19,9 +19,9 @@ from tests import zoo
 STEPS, ROWS, PARTS, LENGTH = 3, 8, 2, 24
 
 
-def penalised() -> tuple[torch.nn.Module, rm.Penalized]:
+def penalised(total: float) -> tuple[torch.nn.Module, rm.Penalized]:
     model = zoo.build().train()
-    return model, rm.penalize(model, weight=3.0, early=(4, 8), window=4, late=4)
+    return model, rm.penalize(model, weight=3.0, total=total, early=(4, 8), window=4, late=4)
 
 
 def train(penalized, forward, backward, step, rank: int, world: int) -> list[float]:
@@ -49,17 +49,17 @@ def stepping(optimizer):
     return step
 
 
-def alone() -> tuple[list[float], torch.nn.Module]:
+def alone(total: float) -> tuple[list[float], torch.nn.Module]:
     """The same training in one process; what the ranks must agree with."""
-    model, penalized = penalised()
+    model, penalized = penalised(total)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     return train(penalized, model, torch.Tensor.backward, stepping(optimizer), 0, 1), model
 
 
-def zero(stage: int, rank: int, world: int):
+def zero(stage: int, total: float, rank: int, world: int):
     import deepspeed
 
-    model, penalized = penalised()
+    model, penalized = penalised(total)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(model.parameters()),
@@ -78,13 +78,13 @@ def zero(stage: int, rank: int, world: int):
     return said, model, state
 
 
-def fsdp2(rank: int, world: int):
+def fsdp2(total: float, rank: int, world: int):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo")
-    model, penalized = penalised()
+    model, penalized = penalised(total)
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -95,18 +95,18 @@ def fsdp2(rank: int, world: int):
     return said, model, get_model_state_dict(model, options=options)
 
 
-def ddp(rank: int, world: int):
+def ddp(total: float, rank: int, world: int):
     dist.init_process_group("gloo")
-    model, penalized = penalised()
+    model, penalized = penalised(total)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     return train(penalized, wrapped, torch.Tensor.backward, stepping(optimizer), rank, world), model, model.state_dict()
 
 
-def main(kind: str, output: Path) -> None:
+def main(kind: str, total: float, output: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runs = {"zero2": lambda *at: zero(2, *at), "zero3": lambda *at: zero(3, *at), "fsdp2": fsdp2, "ddp": ddp}
-    said, model, state = runs[kind](rank, world)
+    said, model, state = runs[kind](total, rank, world)
     if rank == 0:
         model.save_pretrained(output, state_dict=state)
         (output / "losses.json").write_text(json.dumps(said))
