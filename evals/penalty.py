@@ -9,8 +9,9 @@ books.train; the same rows in the same order for every arm of a seed. Measured i
 books.valid in two halves, one to search on and one to report, by residual, total and (report) mask; and by instruments
 that nothing is trained on: prose.valid with another window (16) and other queries (16 to 63); unigram tokens; the R² of
 a ridge probe of log position on hidden states at five depths, tested on other blocks of text than it was fitted on; the
-loss of 2048-token crops by position. Leakage is the mean over layers 1 and up; intervals are paired with the control of
-the same steps, rows and seed. Which arm is best is decided on the search half, with the loss there.
+loss of 2048-token crops by position; and what a user could get (`gains`). Leakage is the mean over layers 1 and up;
+intervals are paired with the control of the same steps, rows and seed. Which arm is best is decided on the search half,
+with the loss there.
 
 **Against it** would be: no arm under the control's interval; or one whose other instruments do not move with it.
 
@@ -39,7 +40,7 @@ from transformers import AutoTokenizer
 
 from evals.claim import KEPT, RESULTS, Cells, Learned, hash_of, write
 from evals.measured import mean, ratio
-from evals.penalty_bench import Arm, Bench, prepare
+from evals.penalty_bench import MODS, Arm, Bench, prepare
 
 COMMON = {"learning_rate": 5e-5, "warmup": 4, "batch": 8}
 PLANS: dict[str, list[tuple[Arm, tuple[int, ...]]]] = {
@@ -64,6 +65,9 @@ PLANS: dict[str, list[tuple[Arm, tuple[int, ...]]]] = {
         (Arm(30.0, steps=96, unigram=0.25), (2,)),
         (Arm(10.0, steps=96, layers=(0.3, 1.0)), (0,)),
         (Arm(30.0, steps=96), (0,)),
+        # 100k tokens: what modifications do by themselves.
+        (Arm(steps=49), (0,)),
+        *((Arm(steps=49, mods=(name,)), (0,)) for name in MODS),
         # A million tokens: what more training gives.
         (Arm(steps=512), (0,)),
         (Arm(10.0, steps=512), (0,)),
@@ -87,17 +91,19 @@ PROTOCOL = {
         "seeds": [0, 1],
         "model": "prose3M",
         **COMMON,
-        "groups": 16, "rows": 128, "crops": 64, "far": 8, "measure_batch": 16,
+        "groups": 16, "rows": 128, "crops": 64, "far": 8, "measure_batch": 16, "passages": 4,
     },
     "smollm2": {
         "seeds": [0, 1, 2],
         "model": "SmolLM2-135M",
         **COMMON,
-        "groups": 32, "rows": 4096, "crops": 128, "far": 32, "measure_batch": 64,
+        "groups": 32, "rows": 4096, "crops": 128, "far": 32, "measure_batch": 64, "passages": 24,
     },
 }  # fmt: skip
 for _scale, _plan in PLANS.items():
     PROTOCOL[_scale]["cells"] = [f"{arm.name} seed {seed}" for arm, seeds in _plan for seed in seeds]
+FOUND = "found"
+"""Shares of contexts, of which some are 0, so that nothing is relative to them."""
 TERMS = ("residual", "total", "mask", "loss")
 
 
@@ -141,12 +147,18 @@ def collected(done: Mapping[str, Any], scale: str) -> dict[str, Any]:
             found = row["instruments"][name] = {}
             for term in (term for term in TERMS if term in ours[0]):
                 found[term] = _ends(mean(ours, term))
-                if arm.penalised:
+                if arm != arm.control:
                     found[f"{term}_change"] = _ends(ratio(ours, theirs, term))
         row["probe"] = {k: _mean(pair[0]["measured"]["probe"][k] for pair in both) for k in base["probe"]}
         row["far"] = {k: _mean(np.mean(pair[0]["measured"]["far"][k]) for pair in both) for k in base["far"]}
-        if arm.penalised:
-            row["far_change"] = {k: _paired(both, k) for k in base["far"]}
+        if arm != arm.control:
+            row["far_change"] = {k: _paired(both, "far", k) for k in base["far"]}
+        with_gains = [pair for pair in both if all("gains" in cell["measured"] for cell in pair)]
+        if with_gains:
+            names = with_gains[0][0]["measured"]["gains"]
+            row["gains"] = {k: _mean(np.mean(pair[0]["measured"]["gains"][k]) for pair in with_gains) for k in names}
+            if arm != arm.control:
+                row["gains_change"] = {k: _paired(with_gains, "gains", k) for k in names if not k.startswith(FOUND)}
         row["seconds"] = {k: _mean(pair[0]["seconds"][k] for pair in both) for k in ("training", "measuring")}
         rows[arm.name] = row
     of_base = {
@@ -169,9 +181,9 @@ def best(rows: Mapping[str, Any]) -> str | None:
     return min(fit, key=lambda name: fit[name]["residual"]["value"]) if fit else None
 
 
-def _paired(both: list[tuple[Any, Any]], key: str) -> dict[str, float]:
-    """The relative change of a position's loss, with an interval over crops of all seeds."""
-    ours, theirs = (np.concatenate([pair[n]["measured"]["far"][key] for pair in both]) for n in (0, 1))
+def _paired(both: list[tuple[Any, Any]], what: str, key: str) -> dict[str, float]:
+    """The relative change of what has a value a crop, with an interval over crops of all seeds."""
+    ours, theirs = (np.concatenate([pair[n]["measured"][what][key] for pair in both]) for n in (0, 1))
     draw = np.random.default_rng(29).integers(0, len(ours), (2000, len(ours)))
     drawn = ours[draw].mean(1) / theirs[draw].mean(1) - 1
     low, high = np.quantile(drawn, (0.025, 0.975))
@@ -198,6 +210,11 @@ def _shown(row: Mapping[str, Any], name: str, term: str) -> str:
     return f"{text} ({at}% [{low}, {high}])"
 
 
+GAINS = (
+    "What a user could get (`evals/gains.py`): how much a token's loss differs between places of the same passage, the "
+    "loss there, and a few tokens asked for at the end of 256, 512 and 1024 tokens: their loss, and how often all of "
+    "them are the most likely."
+)
 COLUMNS = (
     ("report", "residual"), ("report", "mask"), ("report", "total"), ("report", "loss"),
     ("other", "residual"), ("other", "total"), ("other", "loss"), ("unigram", "residual"), ("unigram", "total"),
@@ -217,6 +234,27 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def gains_table(found: Mapping[str, Any]) -> str:
+    """What a user could get, by arm; nothing where no cell has it."""
+    rows = {name: row for name, row in found["arms"].items() if "gains" in row}
+    if not rows:
+        return ""
+    names = list(next(iter(rows.values()))["gains"])
+    lines = [["", *names], ["---"] * (len(names) + 1)]
+    for name, row in rows.items():
+        cells = []
+        for k in names:
+            change = row.get("gains_change", {}).get(k)
+            at = (
+                " ({:+.1f}% [{:+.1f}, {:+.1f}])".format(*(100 * change[e] for e in ("value", "low", "high")))
+                if change
+                else ""
+            )
+            cells.append(f"{row['gains'][k]:.3f}{at}".replace("-", "−"))
+        lines.append([name, *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def section(found: dict[str, Any]) -> str:
     p = found["protocol"]
     chosen = found["best"]
@@ -233,6 +271,7 @@ def section(found: dict[str, Any]) -> str:
             table(found),
             "",
             said,
+            *(["", GAINS, "", gains_table(found)] if gains_table(found) else []),
             *([f"Not run yet: {len(found['left'])} of {len(p['cells'])} cells."] if found["left"] else []),
             "",
         ]
@@ -309,7 +348,7 @@ def show(folder: Path, scale: str, results: Path | None = None) -> None:
     if "base" not in done:
         return
     found = collected(done, scale)
-    print(table(found), flush=True)
+    print(table(found), gains_table(found), sep="\n\n", flush=True)
     if results is not None:
         machine = ", ".join(sorted({cell["device"] for cell in done.values()}))
         seconds = sum(sum(cell["seconds"].values()) for cell in done.values())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import ropemods as rm
+from evals import gains
 from evals.measured import kept
 from evals.tight_loop import EXCERPT, rows_of
 from ropemods.leakage.capture import Observer, forward, losses, read
@@ -42,8 +43,15 @@ MODS: dict[str, Mod] = {
     "log": rm.LogTemperature(),
     "temperature": rm.AdaptiveTemperature(start="model", trainable="head"),
     "anchored": rm.AnchoredBos(offset=32),
+    # These do not start at the model.
+    "zero": rm.ReplacedBos(by="zero"),
+    "mean": rm.ReplacedBos(by="mean"),
+    "noise": rm.ReplacedBos(by="noise"),
+    "random": rm.ReplacedBos(by="random_token"),
+    "truncated": rm.TruncatedRoPE(0.75),
+    "unrotated": rm.UnrotatedBos(),
+    "sink": rm.LearnedSink(init=0.0),
 }
-"""Each starts at the model."""
 FASTER = 100
 """The learning rate of a modification's parameters over the model's."""
 LENGTH, LONG, FAR = 256, 1024, 2048
@@ -118,6 +126,7 @@ def prepare(folder: Path, data: Path, tokenizer: Any, p: dict[str, Any]) -> None
         facts[name] = {"documents": crops.documents, "source": crops.source, "digest": crops.digest}
     far = Protocol(sequences=p["far"], length=FAR, groups=8, seed=0)
     np.save(folder / "far.npy", _small(make_crops(halves["report"], tokenizer, far, bos_token_id=bos).tokens_NT))
+    gains.prepare(folder, halves["report"].texts, prose.texts, tokenizer, count=p["passages"])
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -267,6 +276,7 @@ class Bench:
             model.set_attn_implementation("sdpa")  # type: ignore[operator]
         found["far"] = self.far_loss(model)
         found["probe"] = self.probe(model)
+        found["gains"] = gains.measure(model, self.folder, batch=self.p["measure_batch"])
         return found
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evals import penalty
+from evals import gains, penalty
 from evals.measured import upper_layers
 from evals.penalty_bench import FAR, LENGTH, LONG, Arm, Bench, crops_of, early, protocols
 from ropemods.leakage.capture import capture
@@ -18,6 +18,19 @@ P = {
     "learning_rate": 1e-3, "warmup": 2, "batch": 4, "groups": 16, "rows": 16, "crops": 32, "far": 2, "measure_batch": 16
 }  # fmt: skip
 VOCABULARY = 61
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [2 + ord(letter) % (VOCABULARY - 2) for letter in text]}
+
+
+def words(draw: np.random.Generator) -> str:
+    return "".join(map(chr, draw.integers(64, 128, 20_000)))
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +49,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         tokens = draw.integers(2, VOCABULARY, shape).astype(np.uint16)
         tokens[:, 0] = 1
         np.save(folder / f"{name}.npy", tokens)
+    gains.prepare(folder, [words(draw)], [words(draw)], Letters(), count=3)
     return Bench(folder, folder / "model", P, torch.device("cpu"))
 
 
@@ -76,3 +90,21 @@ def test_a_cell_trains_measures_and_is_compared_with_its_control(bench: Bench, m
     assert set(row["instruments"]) == {"search", "report", "other", "unigram"}
     assert row["instruments"]["report"]["mask_change"]["value"] != 0
     assert penalty.table(found).count("\n") == 4
+
+
+def test_a_passage_stands_at_several_places_and_a_key_is_told_once(bench: Bench) -> None:
+    rows = np.load(bench.folder / f"{gains.PASSAGES}.npy")
+    assert rows.shape == (3, 1 + gains.BEFORE[-1] + gains.TAIL) and (rows[:, 0] == 1).all()
+    said = Letters()(gains.SAID)["input_ids"]
+    for length in gains.LENGTHS:
+        for row in np.load(bench.folder / f"{gains.PASSKEYS}_{length}.npy").tolist():
+            asked = said + row[-gains.ANSWER :]
+            assert len(row) == length and row[-len(asked) :] == asked
+            assert sum(row[n : n + len(asked)] == asked for n in range(length)) == 2
+    found = gains.measure(bench.fresh().eval(), bench.folder, batch=2)
+    model = bench.fresh().eval()
+    ids = torch.from_numpy(rows[:, -gains.TAIL - gains.BEFORE[0] :].astype(np.int64))
+    ids = torch.cat((torch.ones(3, 1, dtype=torch.long), ids), 1)
+    nll = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    assert len(found["spread"]) == 3 and all(x > 0 for x in found["spread"])
+    assert abs(float(nll[:, -gains.SCORED :].mean()) - np.mean(found["passage"])) < 0.2
