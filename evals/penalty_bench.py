@@ -179,6 +179,8 @@ class Bench:
         model, found = self.fresh(), {}
         if arm is not None:
             found = self.train(model, arm, seed)
+            if arm.mods:
+                found["summary"] = str(rm.summary(model))
         trained = time.monotonic()
         found["measured"] = self.measure(model.eval())
         found["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
