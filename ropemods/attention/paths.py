@@ -5,9 +5,10 @@
 - `triton-rows`: our row statistics for the entropy (`triton.entropy`), stock kernels for everything else.
 - `flex`: torch's FlexAttention (`flex`), compiled on first use; not on a CPU.
 
-The environment variable ROPEMODS_KERNEL names one for the whole process; one that cannot run there is an error that
-names those that can. Without it `flash` runs, on every machine: our kernels have been run in Triton's interpreter and
-compiled, but never on a GPU, so that no machine gets them unasked. (`attn_implementation="eager"` is no path of this
+The environment variable ROPEMODS_KERNEL names one for the whole process, or a file of what was measured to be best on
+this card (`measured_paths`); a path that cannot run there is an error that names those that can. Without it `flash`
+runs, on every machine: on the one card where paths were timed side by side it was the fastest (evals/bench.md), so that
+no machine gets another unasked. (`attn_implementation="eager"` is no path of this
 kind: it is asked for where the model is loaded, and writes the scores out.)
 """
 
@@ -20,22 +21,44 @@ from collections.abc import Iterator
 
 import torch
 
+from ropemods.attention.rows import Rows
+
 VARIABLE = "ROPEMODS_KERNEL"
 PATHS = ("flash", "triton", "triton-rows", "flex")
 DEFAULT = "flash"
+MEASURED = "measured"
+"""For every call the path that a file has for it."""
+
+
+def asked() -> str:
+    return os.environ.get(VARIABLE, DEFAULT)
 
 
 @torch.compiler.assume_constant_result
 def chosen(device: torch.device) -> str:
-    """One of PATHS."""
-    asked = os.environ.get(VARIABLE, DEFAULT)
-    if asked not in PATHS:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(PATHS)}, not {asked!r}")
-    reason = obstacle(asked, device)
+    """One of PATHS, or MEASURED."""
+    named = asked()
+    if named.endswith(".json"):
+        return MEASURED if device.type == "cuda" else DEFAULT
+    if named not in PATHS:
+        raise ValueError(
+            f"{VARIABLE} must be one of {', '.join(PATHS)}, or a .json file of measured choices, not {named!r}"
+        )
+    reason = obstacle(named, device)
     if reason is not None:
         able = [path for path in PATHS if obstacle(path, device) is None]
-        raise ValueError(f"{VARIABLE} asks for {asked}, but {reason}; {' and '.join(able)} can run there")
-    return asked
+        raise ValueError(f"{VARIABLE} asks for {named}, but {reason}; {' and '.join(able)} can run there")
+    return named
+
+
+def for_rows(rows: Rows) -> str:
+    """One of PATHS, for this call."""
+    path = chosen(rows.q_BHTD.device)
+    if path != MEASURED:
+        return path
+    from ropemods.attention import measured_paths
+
+    return measured_paths.best(rows)
 
 
 def obstacle(path: str, device: torch.device) -> str | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ropemods.attention import capabilities, cpu_column, cpu_decode, eager, flash, flex, slots
-from ropemods.attention.paths import chosen
+from ropemods.attention.paths import for_rows
 from ropemods.attention.rows import Rows, additive_mask, scaled, wide, with_beta
 from ropemods.attention.terms import Column
 
@@ -112,7 +112,7 @@ def attend(rows: Rows, *, want_lse: bool = False) -> tuple[Tensor, Tensor | None
 
 def _chosen(rows: Rows) -> str:
     """The path of this machine, which takes these rows."""
-    path = chosen(rows.q_BHTD.device)
+    path = for_rows(rows)
     capabilities.check(path, rows)
     return path
 

@@ -49,8 +49,13 @@ class Subject:
 
     name: str
     mods: tuple[Mod, ...]
-    entropy: bool = False
-    """Whether a row's entropy has to be known before the row can be computed."""
+    terms: frozenset[str] = frozenset()
+    """What they add to a row, as `Rows.names` has it."""
+
+    @property
+    def entropy(self) -> bool:
+        """Whether a row's entropy has to be known before the row can be computed."""
+        return "EntropyScale" in self.terms
 
     def floor(self, path: str, kind: str) -> float | None:
         """The least ratio that the mathematics allows on the kernels of this path; None where none is known."""
@@ -71,7 +76,7 @@ def subjects() -> tuple[Subject, ...]:
         for name, mods in kind.timed().items():
             terms = rows_with(mods, head_dim=8, dtype=torch.float32).names()
             if terms:
-                found.append(Subject(name=name, mods=mods, entropy="EntropyScale" in terms))
+                found.append(Subject(name=name, mods=mods, terms=frozenset(terms)))
     return tuple(found)
 
 

@@ -10,7 +10,9 @@ from ropemods.cli.command import Command
 from ropemods.settings.options import option
 
 if TYPE_CHECKING:
-    from ropemods.bench.grid import Plan
+    from pathlib import Path
+
+    from ropemods.bench.grid import Plan, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,12 @@ class Options:
         ("flash",), "kernels, as ROPEMODS_KERNEL names them, and eager"
     )
     pairs: int = option(7, "timed pairs at most, of which the median ratio counts; 3 where one takes long", metavar="N")
+    choices: str | None = option(
+        None,
+        "a .json file for the fastest of --paths by call, which ROPEMODS_KERNEL may name",
+        metavar="FILE",
+        unset="none is written",
+    )
     redraw: str | None = option(
         None, "a bench.json; nothing is measured, its table and plot are made again", metavar="FILE", unset="measure"
     )
@@ -72,21 +80,60 @@ def run(options: Options) -> None:
         write_text(folder / "bench.md", table(rows) + "\n")
         write_text(folder / "bench.svg", plot(rows))
         print(f"wrote {folder}/bench.json, bench.md and bench.svg")
+    if options.choices is not None:
+        print(f"wrote {_write_choices(options, rows)}")
     if options.page is not None:
         page = Path(options.page)
         write_text(page, into_page(read_text(page), rows))
         print(f"wrote {page}")
 
 
-def _plan(options: Options) -> Plan:
+def _write_choices(options: Options, rows: list[Row]) -> Path:
+    """Beside what the file has for other cards and calls."""
+    import json
+    from pathlib import Path
+
     import torch
 
+    from ropemods.attention import measured_paths
+    from ropemods.bench.cases import subjects
+    from ropemods.bench.grid import machine
+    from ropemods.settings.files import write_text
+
+    assert options.choices is not None
+    device, file = torch.device(_device(options)), Path(options.choices)
+    terms = {subject.name: subject.terms for subject in subjects()}
+    found = measured_paths.fastest(
+        (
+            measured_paths.call(getattr(torch, r.shape.dtype), r.shape.head_dim, r.kind, terms[r.subject]),
+            r.path,
+            r.ratio.median,
+        )
+        for r in rows
+        if terms[r.subject]
+    )
+    if not found:
+        raise ValueError(
+            "--choices: a choice is between paths; give two or more of --paths flash triton triton-rows flex"
+        )
+    known = measured_paths.read(file) if file.exists() else {}
+    card = measured_paths.card(device)
+    measured_paths.read.cache_clear()
+    choices = known | {card: known.get(card, {}) | found}
+    return write_text(file, json.dumps({"machine": machine(device.type), "choices": choices}, indent=1) + "\n")
+
+
+def _device(options: Options) -> str:
+    import torch
+
+    if options.device != "auto":
+        return options.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _plan(options: Options) -> Plan:
     from ropemods.bench.cases import Shape
     from ropemods.bench.grid import Plan
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def shapes(heads: int, ratios: tuple[int, ...]) -> tuple[Shape, ...]:
         sizes = itertools.product(options.head_dims, ratios, options.lengths)
@@ -104,7 +151,7 @@ def _plan(options: Options) -> Plan:
         kinds=options.kinds,
         paths=options.paths,
         pairs=options.pairs,
-        device=device,
+        device=_device(options),
     )
 
 

@@ -206,7 +206,7 @@ def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dic
         )
     if asked.backend == "sdpa":
         in_training = rows._replace(dropout=site.dropout)
-        path = paths.chosen(rows.q_BHTD.device)
+        path = paths.for_rows(rows)
         found = capabilities.limit(path, in_training, rows.q_BHTD.device.type)
         if found is not None:
             site.untrainable = capabilities.refusal(path, found, in_training, rows.q_BHTD.device)
