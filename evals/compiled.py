@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel for GPUs that are not here: registers, shared memory, and what spills.
 
     python -m evals.compiled --page evals/bench.md
+    python -m evals.compiled --fit          ropemods/attention/triton/fitting.json: the largest blocks that do not spill
 
 Nothing runs. Each kernel is compiled as a call would have it compiled: contiguous channels, strides in multiples of 16,
 and the block sizes that a card without measured ones gets; once for causal attention with a temperature that trains,
@@ -30,6 +31,7 @@ from triton.compiler import ASTSource
 from evals.between import write_between
 from evals.claim import RESULTS
 from ropemods.attention.triton import attend_kernels, blocks, decode_kernels, gradient_kernels, row_kernels
+from ropemods.attention.triton.blocks import Blocks
 from ropemods.report.words import markdown_table
 from ropemods.settings.files import write_text
 from ropemods.settings.versions import versions_of
@@ -55,15 +57,25 @@ EVERYTHING = TEMPERATURE | {"MASK": 2, "CAPPED": True, "BOS": True, "SPARED": Tr
 ASKED = {"temperature": TEMPERATURE, "everything": EVERYTHING}
 BOOLEAN_MASK = 1
 INPUTS = "q k v d_out out slope dq dk dv".split()
+CANDIDATES = [
+    Blocks(*sizes)
+    for sizes in (
+        (64, 64, 4), (64, 64, 8), (64, 32, 4), (32, 64, 4), (32, 64, 8), (32, 32, 4), (32, 32, 8), (32, 16, 4),
+        (16, 32, 4), (16, 32, 8), (16, 16, 4), (16, 16, 8),
+    )
+]  # fmt: skip
+"""Queries, keys, warps; the largest first."""
 STRIDES = ("_batch", "_head", "_row", "_dim", "_key")
 IDENTITY = ("kernel", "dtype", "head_dim", "asked")
 SIZES = ("heads", "repeats", "queries", "keys", "part", "parts")
 PART = "compiled"
 
 
-def compiled(name: str, capability: int, dtype: str, dim: int, asked: dict[str, Any]) -> Any:
+def compiled(
+    name: str, capability: int, dtype: str, dim: int, asked: dict[str, Any], size: Blocks | None = None
+) -> Any:
     """A kernel as it is for a GPU of this capability."""
-    kernel, size = KERNELS[name], blocks.default(name.split(",")[0], dim, getattr(torch, dtype))
+    kernel, size = KERNELS[name], size or blocks.default(name.split(",")[0], dim, getattr(torch, dtype))
     rows = 16 if name.startswith("decode") else size.rows
     constants = asked | {"DIM": dim, "VDIM": dim, "ROWS": rows, "KEYS": size.keys, "PARTS": 32}
     constants |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), 1)
@@ -88,10 +100,12 @@ def compiled(name: str, capability: int, dtype: str, dim: int, asked: dict[str, 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def usage(name: str, capability: int, dtype: str, dim: int, asked: dict[str, Any]) -> dict[str, Any]:
+def usage(
+    name: str, capability: int, dtype: str, dim: int, asked: dict[str, Any], size: Blocks | None = None
+) -> dict[str, Any]:
     """Registers and stack bytes of a thread, shared memory of a program, and how long compiling took."""
     begun = time.monotonic()
-    made = compiled(name, capability, dtype, dim, asked)
+    made = compiled(name, capability, dtype, dim, asked, size)
     seconds = round(time.monotonic() - begun, 2)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -126,6 +140,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(("kernel", "dtype", "D", "block, warps", *heads), lines)
 
 
+def fitting(case: tuple[str, str, int]) -> Blocks:
+    """The largest candidate that spills nothing with a temperature on any of the GPUs, or spills the least."""
+    name, dtype, dim = case
+    least: tuple[int, Blocks] | None = None
+    for size in CANDIDATES:
+        size = size._replace(stages=blocks.KERNELS[name])
+        spilt = 0
+        for capability in CAPABILITIES:
+            spilt += usage(name, capability, dtype, dim, TEMPERATURE, size)["stack"]
+            if least is not None and spilt >= least[0]:
+                break
+        if least is None or spilt < least[0]:
+            least = spilt, size
+        if spilt == 0:
+            break
+    assert least is not None
+    print(*case, least, flush=True)
+    return least[1]
+
+
+def fit(workers: int) -> Path:
+    cases = list(itertools.product(blocks.KERNELS, DTYPES, DIMS))
+    cases = [case for case in cases if case[0] in KERNELS]
+    with ProcessPoolExecutor(workers) as pool:
+        found = zip(cases, pool.map(fitting, cases), strict=True)
+        sizes = {blocks.name(kernel, dim, getattr(torch, dtype)): list(size) for (kernel, dtype, dim), size in found}
+    return write_text(blocks.FITTING, json.dumps(sizes, indent=1) + "\n")
+
+
 def spilling(rows: list[dict[str, Any]], asked: str) -> str:
     of = [row["stack"] for row in rows if row["asked"] == asked]
     return f"{sum(stack > 0 for stack in of)} of {len(of)} spill, {max(of)} bytes a thread at most"
@@ -137,7 +180,11 @@ def main() -> None:
     )
     parser.add_argument("--page", type=Path, help="a page with a place for the table")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--fit", action="store_true", help="look for the largest blocks that do not spill")
     options = parser.parse_args()
+    if options.fit:
+        print(f"wrote {fit(options.workers)}")
+        return
     cases = list(itertools.product(KERNELS, CAPABILITIES, DTYPES, DIMS, ASKED))
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(pool.map(_row, cases))

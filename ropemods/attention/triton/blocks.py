@@ -16,6 +16,7 @@ import torch
 import triton
 
 MEASURED = Path(__file__).with_name("blocks.json")
+FITTING = Path(__file__).with_name("fitting.json")
 KERNELS = {
     "attend": 2,
     "attend_entropy": 2,
