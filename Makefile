@@ -1,5 +1,6 @@
 WORKERS ?= 2
 SCALE ?= nano
+MINUTES ?= 8
 DATA ?= ../shared/data
 
 # The Python that runs everything: PYTHON=, or that of the active environment, where nothing is installed unasked; else
@@ -27,10 +28,10 @@ test quick contract strangers sweep evals: export HF_HUB_OFFLINE := 1
 # One thread a test worker: with more, workers wait for each other.
 test quick contract strangers: export OMP_NUM_THREADS := 1
 EXTRA := dev
-sweep evals: EXTRA := train
+sweep evals gpu: EXTRA := train
 demo: EXTRA := train gguf
 
-.PHONY: help install lint test quick contract strangers real-model sweep evals demo release-check given
+.PHONY: help install lint test quick contract strangers real-model sweep evals gpu demo release-check given
 
 help:
 	@echo "make demo      the whole loop on a CPU: a model, modified, fine-tuned in four arms, compared"
@@ -42,6 +43,7 @@ help:
 	@echo "make lint      lint and types"
 	@echo "make sweep     every check on every RoPE architecture of transformers (CI does a third): evals/results/architectures"
 	@echo "make evals     every claim measured again, and evals/README.md from the results (DATA=, SCALE=nano; resumable)"
+	@echo "make gpu       what only a GPU can show, in MINUTES=8; without one a rehearsal, and how long a GPU would take"
 	@echo "make release-check  wheel and sdist, built and used in empty environments, an extra in each"
 	@echo "make install   only the environment in which all of them run"
 	@echo
@@ -96,6 +98,9 @@ sweep: $(ENVIRONMENT)
 evals: $(ENVIRONMENT)
 	"$(PYTHON)" -m evals run --scale $(SCALE) --data "$(DATA)" --workers $(WORKERS)
 	"$(PYTHON)" -m evals page
+
+gpu: $(ENVIRONMENT)
+	"$(PYTHON)" -m evals gpu --minutes $(MINUTES) --out runs/gpu
 
 demo: $(ENVIRONMENT)
 	$(if $(filter-out tiny,$(DEMO)),$(error DEMO=$(DEMO): tiny, or left out))

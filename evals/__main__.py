@@ -34,6 +34,10 @@ def main() -> int:
     commands.add_parser("gpu", help="what only a GPU can show; see python -m evals gpu --help", add_help=False)
     options, rest = parser.parse_known_args()
     if options.command == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():  # a rehearsal; read when the kernels are imported
+            os.environ.setdefault("TRITON_INTERPRET", "1")
         from evals.gpu import main as gpu
 
         return gpu(rest)

@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel for GPUs that are not here: registers, shared memory, and what spills.
 
     python -m evals.compiled --page evals/bench.md
-    python -m evals.compiled --fit          ropemods/attention/triton/fitting.json: the largest blocks that do not spill
+    python -m evals.compiled --fit          the largest blocks that do not spill, for numbers of 16 bits
 
 Nothing runs. Each kernel is compiled as a call would have it compiled: contiguous channels, strides in multiples of 16,
 and the block sizes that a card without measured ones gets; once for causal attention with a temperature that trains,
@@ -65,6 +65,8 @@ CANDIDATES = [
     )
 ]  # fmt: skip
 """Queries, keys, warps; the largest first."""
+SHARED, NEVER = 99 * 1024, 1 << 30
+"""Bytes that a program may have on any GPU of compute capability 8.0 or more."""
 STRIDES = ("_batch", "_head", "_row", "_dim", "_key")
 IDENTITY = ("kernel", "dtype", "head_dim", "asked")
 SIZES = ("heads", "repeats", "queries", "keys", "part", "parts")
@@ -148,7 +150,8 @@ def fitting(case: tuple[str, str, int]) -> Blocks:
         size = size._replace(stages=blocks.KERNELS[name])
         spilt = 0
         for capability in CAPABILITIES:
-            spilt += usage(name, capability, dtype, dim, TEMPERATURE, size)["stack"]
+            found = usage(name, capability, dtype, dim, TEMPERATURE, size)
+            spilt += found["stack"] if found["shared"] <= SHARED else NEVER
             if least is not None and spilt >= least[0]:
                 break
         if least is None or spilt < least[0]:
@@ -161,8 +164,7 @@ def fitting(case: tuple[str, str, int]) -> Blocks:
 
 
 def fit(workers: int) -> Path:
-    cases = list(itertools.product(blocks.KERNELS, DTYPES, DIMS))
-    cases = [case for case in cases if case[0] in KERNELS]
+    cases = list(itertools.product((kernel for kernel in blocks.KERNELS if kernel in KERNELS), ("bfloat16",), DIMS))
     with ProcessPoolExecutor(workers) as pool:
         found = zip(cases, pool.map(fitting, cases), strict=True)
         sizes = {blocks.name(kernel, dim, getattr(torch, dtype)): list(size) for (kernel, dtype, dim), size in found}

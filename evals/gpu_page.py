@@ -8,6 +8,7 @@ from ropemods.report.words import markdown_table
 
 MARKS = "<!-- gpu -->", "<!-- end of gpu -->"
 CALLS = ("subject", "path", "kind", "T", "D", "time", "min to max", "floor", "memory", "stock")
+MEASURED = ("model", "time", "min to max", "memory")
 STEPS = ("model", "path", "modification", "time", "min to max", "memory")
 
 
@@ -21,6 +22,9 @@ def page(found: dict[str, Any]) -> str:
     wrong = [(name.removeprefix("correct/"), _excess(each)) for name, each in checks.items() if name not in held]
     calls = [call(row) for rows in found["bench"].values() if isinstance(rows, list) for row in rows]
     steps = [(*name.split("/")[1:], *_ratio(each)) for name, each in found["steps"].items() if "ratio" in each]
+    measured = [
+        (name.split("/")[1], *_ratio(each)) for name, each in found.get("measure", {}).items() if "ratio" in each
+    ]
     return "\n\n".join(
         (
             f"{found['machine']}; {versions}.",
@@ -31,6 +35,11 @@ def page(found: dict[str, Any]) -> str:
             markdown_table(CALLS, calls),
             "**A whole training step**, autocast in bf16, over the stock step:",
             markdown_table(STEPS, steps),
+            *(
+                ("**Measuring leakage**, over a plain forward of the same tokens:", markdown_table(MEASURED, measured))
+                if measured
+                else ()
+            ),
         )
     )
 

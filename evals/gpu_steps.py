@@ -69,6 +69,24 @@ def model_of(size: Size, device: str) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).train()
 
 
+def parameters(size: Size) -> int:
+    """Of a model of this size, near enough."""
+    attention = 2 * size.hidden**2 * (1 + size.groups / size.heads)
+    return round(size.vocabulary * size.hidden + size.layers * (attention + 3 * size.hidden * size.inner))
+
+
+def measuring(size: Size, device: str, *, pairs: int) -> dict[str, Any]:
+    """Leakage measured with everything, in bfloat16, over a plain forward of the same tokens."""
+    from evals.leakage_cost import crops_of, measured, plain, protocol_of
+
+    model = model_of(size, device).eval().to(torch.bfloat16)
+    crops = crops_of(model, protocol_of(size.length, max(8, 2 * size.batch), size.batch))
+    first, second = (lambda: plain(model, crops)), (lambda: measured(model, crops))
+    ratio = clock.ratio(first, second, pairs=pairs, device=device)
+    memory = clock.peak_bytes(second, device) / clock.peak_bytes(first, device)
+    return {"ratio": asdict(ratio), "memory": memory}
+
+
 def step_of(model: LlamaForCausalLM, size: Size, device: str) -> Callable[[], None]:
     source = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(3, size.vocabulary, (size.batch, size.length), generator=source)

@@ -11,13 +11,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-SMALLEST_SHARED_MEMORY = 99 * 1024
-"""Of one program on any GPU of compute capability 8.0 or more."""
 PROGRAM = """
 import json, sys
-from evals.compiled import ASKED, KERNELS, usage
+from evals.compiled import ASKED, KERNELS, SHARED, usage
 asked, *case = json.loads(sys.argv[1])
-print(json.dumps([usage(name, *case, ASKED[asked]) for name in KERNELS]))
+found = [usage(name, *case, ASKED[asked]) for name in KERNELS]
+print(json.dumps({"stack": [x["stack"] for x in found], "too much": [x["shared"] > SHARED for x in found]}))
 """
 
 
@@ -34,6 +33,6 @@ def test_kernels_compile_fit_the_shared_memory_and_do_not_spill(case: tuple[str,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert max(each["shared"] for each in found) <= SMALLEST_SHARED_MEMORY, found
+    assert not any(found["too much"]), found
     if case[0] == "temperature":
-        assert max(each["stack"] for each in found) == 0, found
+        assert not any(found["stack"]), found

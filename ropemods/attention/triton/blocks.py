@@ -1,8 +1,9 @@
 """How much of an attention call a program of each kernel holds at once, on which card.
 
 `blocks.json` holds what was measured to be fastest, by compute capability, kernel, head dim and bits of a number; it is
-written by `python -m evals gpu`. What it does not hold gets sizes that fit the shared memory of any GPU of compute
-capability 8.0 on.
+written by `python -m evals gpu`. What it does not hold gets sizes that fit any GPU of compute capability 8.0 on: its
+shared memory, and for numbers of 16 bits the registers of a thread too, by what the compiler says (`fitting.json`,
+written by `python -m evals.compiled --fit`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.devi
 
 
 def default(kernel: str, head_dim: int, dtype: torch.dtype) -> Blocks:
+    # Without a backward to come `attend` keeps less, so what fits with one fits without.
+    fits = fitting().get(name("attend_kept" if kernel.startswith("attend") else kernel, max(64, head_dim), dtype))
+    if fits is not None:
+        return fits
     stages, width = KERNELS[kernel], padded(head_dim) * dtype.itemsize
     if kernel.startswith("statistics"):  # which hold no values
         return Blocks(32, 32, stages=stages) if width > 256 else Blocks(64, 64, stages=stages)
@@ -71,6 +76,12 @@ def name(kernel: str, head_dim: int, dtype: torch.dtype) -> str:
 @functools.cache
 def capability(device: torch.device) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def fitting() -> dict[str, Blocks]:
+    """Of numbers of 16 bits, by `name`."""
+    return {key: Blocks(*sizes) for key, sizes in json.loads(FITTING.read_text(encoding="utf-8")).items()}
 
 
 @functools.cache
