@@ -12,6 +12,7 @@ those of a thread, of which a program's threads share 65,536; what does not fit 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,27 +145,37 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def fitting(case: tuple[str, str, int]) -> Blocks:
-    """The largest candidate that spills nothing with a temperature on any of the GPUs, or spills the least."""
-    name, dtype, dim = case
-    least: tuple[int, Blocks] | None = None
-    for size in CANDIDATES:
-        size = size._replace(stages=blocks.KERNELS[name])
-        spilt = 0
-        for capability in CAPABILITIES:
-            found = usage(name, capability, dtype, dim, TEMPERATURE, size)
-            spilt += found["stack"] if found["shared"] <= SHARED else NEVER
-            if least is not None and spilt >= least[0]:
-                break
-        if least is None or spilt < least[0]:
-            least = spilt, size
-        if spilt == 0:
-            break
+    """The largest candidate that fits every GPU and spills nothing with a temperature, or spills the least."""
+    least = min(((_spilt(*case, size), -n, size) for n, size in _until_none(case)), default=None)
     assert least is not None
     print(*case, least, flush=True)
-    return least[1]
+    return least[-1]
+
+
+def _until_none(case: tuple[str, str, int]) -> Iterator[tuple[int, Blocks]]:
+    """Candidates up to the first that spills nothing."""
+    for n, size in enumerate(CANDIDATES):
+        size = size._replace(stages=blocks.KERNELS[case[0]])
+        yield n, size
+        if _spilt(*case, size) == 0:
+            return
+
+
+@functools.cache
+def _spilt(name: str, dtype: str, dim: int, size: Blocks) -> int:
+    """Bytes on the stack over all GPUs and kernels that have these blocks; NEVER where shared memory does not do."""
+    spilt = 0
+    for kernel, capability in itertools.product(KERNELS, CAPABILITIES):
+        if kernel.split(",")[0] != name:
+            continue
+        spilt += usage(kernel, capability, dtype, dim, TEMPERATURE, size)["stack"]
+        if usage(kernel, capability, dtype, dim, EVERYTHING, size)["shared"] > SHARED:
+            return NEVER
+    return spilt
 
 
 def fit(workers: int) -> Path:
+    """For kernels of 16-bit numbers."""
     cases = list(itertools.product((kernel for kernel in blocks.KERNELS if kernel in KERNELS), ("bfloat16",), DIMS))
     with ProcessPoolExecutor(workers) as pool:
         found = zip(cases, pool.map(fitting, cases), strict=True)
@@ -187,6 +199,7 @@ def main() -> None:
     if options.fit:
         print(f"wrote {fit(options.workers)}")
         return
+    triton.knobs.compilation.always_compile = True  # or the seconds would be those of a look into the cache
     cases = list(itertools.product(KERNELS, CAPABILITIES, DTYPES, DIMS, ASKED))
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(pool.map(_row, cases))

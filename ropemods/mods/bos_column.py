@@ -26,15 +26,13 @@ def first_offset(offset: int | str) -> Tensor:
     return torch.tensor(offset if isinstance(offset, int) else UNCALIBRATED)
 
 
-def with_bos_column(rows: Rows, call: Call) -> Rows:
-    """`rows` with the BOS column scored apart, at its natural logit where no earlier stage has scored it."""
+def with_bos_column(rows: Rows, call: Call, logit_BHT: Tensor | None = None) -> Rows:
+    """`rows` with the BOS column scored apart: at this logit, else at the one that an earlier stage has given it, else
+    at its natural one."""
     if rows.column is not None:
-        return rows
-    if call.bos_column_BN is None or call.bos_is_self_BT is None:
-        raise RuntimeError(
-            "an attention layer was not told where its BOS tokens are: the model does not hand keyword arguments "
-            "down to its attention layers, or the layer was called on its own; call the whole model"
-        )
+        return rows if logit_BHT is None else rows.plus(rows.column._replace(logit_BHT=logit_BHT))
+    check_told(call)
+    assert call.bos_column_BN is not None and call.bos_is_self_BT is not None
     column_BN, keys = call.bos_column_BN, rows.k_BGSD.shape[2]
     batch = rows.q_BHTD.shape[0]
     if column_BN.shape[1] == 1:  # one BOS a row, as nearly always: a comparison costs decoding less than marks
@@ -44,10 +42,12 @@ def with_bos_column(rows: Rows, call: Call) -> Rows:
         marks = torch.zeros(batch, keys + 1, dtype=torch.bool, device=column_BN.device)
         marks = marks.scatter(1, torch.where(column_BN < 0, keys, column_BN).expand(batch, -1), True)
         is_bos_BS = marks[:, :keys]
+    if logit_BHT is None:
+        logit_BHT = bos_logit(rows, call, rows.q_BHTD)
     column = Column(
         is_bos_BS=is_bos_BS,
         is_self_BT=call.bos_is_self_BT,
-        logit_BHT=soft_capped(dot_with_bos(rows.q_BHTD, bos_key(rows, call), rows.scale), rows.softcap),
+        logit_BHT=logit_BHT,
         log_weight=torch.zeros((), device=rows.q_BHTD.device),
     )
     return rows.plus(column)
@@ -58,6 +58,19 @@ def bos_closed(rows: Rows, call: Call, strength: Tensor) -> Rows:
     rows = with_bos_column(rows, call)
     assert rows.column is not None
     return rows.plus(rows.column._replace(log_weight=rows.column.log_weight + torch.log1p(-strength)))
+
+
+def check_told(call: Call) -> None:
+    if call.bos_column_BN is None or call.bos_is_self_BT is None:
+        raise RuntimeError(
+            "an attention layer was not told where its BOS tokens are: the model does not hand keyword arguments "
+            "down to its attention layers, or the layer was called on its own; call the whole model"
+        )
+
+
+def bos_logit(rows: Rows, call: Call, q_BHTD: Tensor) -> Tensor:
+    """What these queries, in the place of the rows' own, score the BOS with (B, H, T)."""
+    return soft_capped(dot_with_bos(q_BHTD, bos_key(rows, call), rows.scale), rows.softcap)
 
 
 def bos_key(rows: Rows, call: Call) -> Tensor:

@@ -18,9 +18,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ropemods.attention.plain_row import PlainRow, rotate
-from ropemods.attention.rows import Rows, dot_with_bos, soft_capped, wide
+from ropemods.attention.rows import Rows, wide
 from ropemods.mods.base import Call, Mod, Site, Stage
-from ropemods.mods.bos_column import bos_key, turned, with_bos_column
+from ropemods.mods.bos_column import bos_logit, check_told, turned, with_bos_column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,11 @@ class UnrotatedBosStage(Stage):
         return 0
 
     def forward(self, rows: Rows, call: Call) -> Rows:
-        rows = with_bos_column(rows, call)
-        assert rows.column is not None and call.bos_distance_BT is not None
+        check_told(call)
+        assert call.bos_distance_BT is not None
         strength = self.strength.to(wide(rows.q_BHTD.dtype))
         q_BHTD = turned(rows, call, strength * (call.bos_distance_BT - self.back()).to(strength.dtype))
-        logit = soft_capped(dot_with_bos(q_BHTD, bos_key(rows, call), rows.scale), rows.softcap)
-        return rows.plus(rows.column._replace(logit_BHT=logit))
+        return with_bos_column(rows, call, bos_logit(rows, call, q_BHTD))
 
     def naive(self, row: PlainRow, call: Call) -> None:
         assert call.bos_distance_BT is not None and call.inv_freq_F is not None
