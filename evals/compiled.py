@@ -53,9 +53,10 @@ CAPABILITIES = (80, 90, 100)
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 DIMS = (64, 128, 256)
 TEMPERATURE: dict[str, Any] = {
-    "BETA": 2, "POWERS": 5, "KEEP": True, "MASK": 0, "CAPPED": False, "BOS": False, "SPARED": False, "SINK": False,
+    "BETA": 2, "POWERS": 5, "KEEP": True, "MASK": 0, "CAPPED": False, "BOS": False, "SPARED": False, "SLOTS": 0,
+    "VALUED": False,
 }  # fmt: skip
-EVERYTHING = TEMPERATURE | {"MASK": 2, "CAPPED": True, "BOS": True, "SPARED": True, "SINK": True}
+EVERYTHING = TEMPERATURE | {"MASK": 2, "CAPPED": True, "BOS": True, "SPARED": True, "SLOTS": 1, "VALUED": True}
 ASKED = {"temperature": TEMPERATURE, "everything": EVERYTHING}
 BOOLEAN_MASK = 1
 INPUTS = "q k v d_out out slope dq dk dv".split()
@@ -71,7 +72,7 @@ SHARED, NEVER = 99 * 1024, 1 << 30
 """Bytes that a program may have on any GPU of compute capability 8.0 or more."""
 STRIDES = ("_batch", "_head", "_row", "_dim", "_key")
 IDENTITY = ("kernel", "dtype", "head_dim", "asked")
-SIZES = ("heads", "repeats", "queries", "keys", "part", "parts")
+SIZES = ("slot_step", "heads", "repeats", "queries", "keys", "part", "parts")
 PART = "compiled"
 
 

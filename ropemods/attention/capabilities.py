@@ -116,7 +116,6 @@ LIMITS = (
     Limit(FUSED, ("fp64 or mixed",), "which take no other"),
     Limit(FUSED, ("wide heads",), "which end there"),
     Limit(FUSED, ("gradient of the mask",), "which give none"),
-    Limit(FUSED, ("slot by row",), "whose slots have one logit a head"),
     Limit(FUSED, ("key bias",), "which have none"),
     Limit(FUSED, ("offset bias",), "which have none"),
     Limit(FUSED, ("dropout",), "which have none"),

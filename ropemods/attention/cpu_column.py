@@ -159,7 +159,8 @@ def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _attention_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, slot, slot_value, out, log_z = ctx.saved_tensors  # unpacked once, as gradient checkpointing asks
     dq, dk, dv, d_logit = _attend_apart_backward(d_out, *inputs, out, log_z, ctx.scale)
-    of_slots = (None, None) if slot is None else gradients(d_out, out, log_z, slot, slot_value)
+    wide = d_out.to(log_z.dtype)
+    of_slots = (None, None) if slot is None else gradients(wide, (wide * out).sum(-1), log_z, slot, slot_value)
     return dq, dk, dv, None, d_logit, *of_slots, None
 
 

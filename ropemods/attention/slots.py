@@ -75,11 +75,9 @@ def joined(out_BHTD: Tensor, lse_BHT: Tensor, slots: Slots | None) -> tuple[Tens
 
 
 def gradients(
-    d_out: Tensor, out: Tensor, log_z: Tensor, logit_NBHT: Tensor, value_NHD: Tensor | None
+    d_wide: Tensor, delta: Tensor, log_z: Tensor, logit_NBHT: Tensor, value_NHD: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Of logits and values. `out` and `log_z` are those with the slots in them."""
-    d_wide = d_out.to(log_z.dtype)
-    delta = (d_wide * out.to(log_z.dtype)).sum(-1)
+    """Of logits and values. `delta` is ⟨dO, out′⟩; it, dO and log Z are wide."""
     share_NBHT = torch.exp(logit_NBHT.to(log_z.dtype) - log_z)
     if value_NHD is None:
         return (-share_NBHT * delta).to(logit_NBHT.dtype), None

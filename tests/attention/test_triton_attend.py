@@ -5,6 +5,8 @@ Compiled where there is a GPU, in Triton's interpreter where there is none.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -39,7 +41,7 @@ cases = st.fixed_dictionaries(
         "magnitude": st.sampled_from([0.3, 1.0, 4.0]),
         "bos": st.sampled_from(["none", "rescored", "weighted", "closed"]),
         "temperature": st.sampled_from([None, "all", "spare"]),
-        "slots": st.sampled_from(["", "sink"]),
+        "slots": st.sampled_from(["", "sink", "sink row", "valued", "row valued valued"]),
         "seed": st.integers(0, 10**6),
     }
 )
@@ -53,7 +55,7 @@ def moved(rows: Rows, dtype: torch.dtype, device: str = DEVICE) -> tuple[Rows, l
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = leaf(rows.q_BHTD), leaf(rows.k_BGSD), leaf(rows.v_BGSD)
-    slots = tuple(Slot(leaf(slot.logit, wide)) for slot in rows.slots)
+    slots = tuple(Slot(leaf(slot.logit, wide), leaf(slot.value_HD, wide)) for slot in rows.slots)
     bos, rule, beta = rows.column, rows.entropy_scale, leaf(rows.row_scale and rows.row_scale.beta_BHT, wide)
     if bos is not None:
         logit = leaf(bos.logit_BHT, wide)
@@ -69,7 +71,7 @@ def moved(rows: Rows, dtype: torch.dtype, device: str = DEVICE) -> tuple[Rows, l
     result = rows._replace(q_BHTD=q, k_BGSD=k, v_BGSD=v, mask=mask, column=bos, entropy_scale=rule, slots=slots)
     if rows.row_scale is not None:
         result = result._replace(row_scale=RowScale(beta, None if rows.row_scale.column_BHT is None else beta))
-    grown = [q, k, v, *(slot.logit for slot in slots), beta, bos and bos.logit_BHT, rule and rule.coefficients_HC]
+    grown = [q, k, v, *itertools.chain(*slots), beta, bos and bos.logit_BHT, rule and rule.coefficients_HC]
     return result, [x for x in grown if x is not None]
 
 
@@ -258,19 +260,20 @@ def operands(given: str, parts: int) -> tuple:
     numbers = torch.randn(1, 2, 4, device=DEVICE)
     column = Column(None, None, None, None)
     read = Rule(None, None, float("inf"))
-    beta = sink = mask = None
+    beta = slot_logit = slot_value = mask = None
     if given == "everything":
         weight = torch.zeros(1, 4, device=DEVICE)
         is_bos = torch.tensor([[1, 0, 0, 0]], dtype=torch.uint8, device=DEVICE)
         column = Column(is_bos, numbers.clone().requires_grad_(), weight, weight.clone())
         read = rule(2)
         read.coefficients_HC.requires_grad_()
-        sink = torch.zeros(2, device=DEVICE, requires_grad=True)
+        slot_logit = torch.zeros(2, 1, 2, 4, device=DEVICE, requires_grad=True)
+        slot_value = torch.ones(2, 2, 16, device=DEVICE, requires_grad=True)
         mask = torch.ones(1, 2, 4, 4, dtype=torch.bool, device=DEVICE).tril()
     elif given == "beta":
         beta = (1 + numbers.abs()).requires_grad_()
     where = spans(4, 4, device=DEVICE)
-    return q, k, v, *where, mask, *column, 0.25, 0.0, False, sink, *read, beta, True, parts, 16, 16
+    return q, k, v, *where, mask, *column, 0.25, 0.0, False, slot_logit, slot_value, *read, beta, True, parts, 16, 16
 
 
 @pytest.mark.parametrize("given", ["nothing", "everything", "beta"])

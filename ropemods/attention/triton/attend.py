@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ropemods.attention import slots
 from ropemods.attention.operators import operator
+from ropemods.attention.slots import Slots
 from ropemods.attention.triton import launch, tiles
 from ropemods.attention.triton.blocks import Blocks
 from ropemods.attention.triton.launch import Attended, Column, Gradients, Inputs, Rule, Terms, Upstream
@@ -46,7 +48,7 @@ def attend(
     softcap: float | None = None,
     mask: Tensor | None = None,
     column: Column | None = None,
-    sink_H: Tensor | None = None,
+    slots: Slots | None = None,
     rule: Rule | None = None,
     beta_BHT: Tensor | None = None,
     spared: bool = False,
@@ -54,7 +56,7 @@ def attend(
     parts: int | None = None,
 ) -> Attended:
     """`beta_BHT` is a temperature that is known; `rule` one that is read off the entropy. Gradients reach q, k, v, the
-    logits of the column, the sink, β and the coefficients. `parts` splits the keys: 1 never does, None chooses.
+    logits of the column, slots, β and the coefficients. `parts` splits the keys: 1 never does, None chooses.
     Without `blocks` each kernel has its own.
     """
     launch.check(q_BHTD, k_BGSD, v_BGSD, spans)
@@ -64,13 +66,14 @@ def attend(
         column = Column(None, None, None, None)
     if rule is None:
         rule = Rule(None, None, float("inf"))
-    grown = [q_BHTD, k_BGSD, v_BGSD, column.logit_BHT, sink_H, beta_BHT, rule.coefficients_HC]
+    slots = slots or (None, None)
+    grown = [q_BHTD, k_BGSD, v_BGSD, column.logit_BHT, *slots, beta_BHT, rule.coefficients_HC]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grown)
     if parts is None:
         parts = launch.parts(q_BHTD, k_BGSD)
     return attend_rows(
         Inputs(q_BHTD, k_BGSD, v_BGSD, *spans, mask, *column, scale, softcap or 0.0, spared),
-        Terms(sink_H, *rule, beta_BHT),
+        Terms(*slots, *rule, beta_BHT),
         Options(keep, parts, *((0, 0) if blocks is None else blocks[:2])),
     )
 
@@ -123,9 +126,9 @@ def _gradients(
     if terms.coefficients is not None:
         found["coefficients"], d_entropy = _through_rule(d_beta, made.entropy, terms)
         beta = made.beta
-    if terms.sink is not None:
-        # The sink's share of a row is e^(sink − log z), and its value is 0.
-        found["sink"] = -(torch.exp(terms.sink[:, None] - made.log_z) * delta).sum((0, 2))
+    if terms.slot_logit is not None:
+        of_slots = slots.gradients(d_wide, delta, made.log_z, terms.slot_logit, terms.slot_value)
+        found["slot_logit"], found["slot_value"] = of_slots
     upstream = Upstream(d_out, made.log_z, made.lse, made.entropy, delta, d_entropy, beta)
     found |= attend_rows_backward(inputs, upstream, options)._asdict()
     return found if inputs.is_bos is not None else found | {"bos_logit": None}

@@ -1,4 +1,4 @@
-"""One kernel for a whole attention call forward: temperature, BOS column and sink in the pass that reads the values.
+"""One kernel for a whole attention call forward: temperature, BOS column and slots in the pass that reads the values.
 
 With a temperature that reads the entropy, a program goes over its keys twice. The first time it needs the queries and
 keys alone (`row_kernels.statistics_step`), and then knows lse, H and β of its rows. The second time, with logits x,
@@ -10,7 +10,7 @@ and, for the backward, with a reference r, which is lse or the highest logit so 
 
     a = Σ w_j (x_j − r)      A = Σ w_j (x_j − r) v_j      ∂O/∂β = A / l − (a / l) · o / l
 
-which does not depend on r, and never is the difference of two large numbers. The sink joins l and a at the end with
+which does not depend on r, and never is the difference of two large numbers. Slots join all four sums at the end with
 x = 0, and so does a BOS column that the temperature spares. Three matrix products, four with ∂O/∂β.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
@@ -80,39 +80,62 @@ def values_start(reference, ROWS: tl.constexpr, VDIM: tl.constexpr, KEEP: tl.con
 
 
 @triton.jit
-def values_end(state, sink, SINK: tl.constexpr, KEEP: tl.constexpr):
+def with_slots(
+    state, logit, value, inside, logit_step, value_step, value_dim, VDIM: tl.constexpr, SLOTS: tl.constexpr,
+    VALUED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The sums with the slots in them: `logit` points at the first slot's of each row, `value` at its value."""
+    highest, total, mixed = state[0], state[1], state[2]
+    if KEEP:
+        first, mixed_first = state[4], state[5]
+        reference = tl.where(state[3] == float("-inf"), 0.0, state[3])
+    channel = tl.arange(0, VDIM)
+    for slot in tl.static_range(SLOTS):
+        z = tl.load(logit + slot * logit_step, mask=inside, other=float("-inf"))
+        higher, base, rise = raised(highest, z[:, None])
+        shrink = tl.where(highest == float("-inf"), 0.0, tl.exp(-rise))
+        highest, weight = higher, tl.exp(z - base)
+        total = shrink * total + weight
+        mixed = shrink[:, None] * mixed
+        if KEEP:
+            moment = weight * -reference
+            first = shrink * first + moment
+            mixed_first = shrink[:, None] * mixed_first
+        if VALUED:
+            brought = tl.load(value + slot * value_step + channel, mask=channel < value_dim, other=0.0)[None, :]
+            mixed += weight[:, None] * brought
+            if KEEP:
+                mixed_first += moment[:, None] * brought
+    if KEEP:
+        return highest, total, mixed, state[3], first, mixed_first
+    else:
+        return highest, total, mixed
+
+
+@triton.jit
+def values_end(state, KEEP: tl.constexpr):
     """out, the log of the denominator, and ∂O/∂β (out again where it is not kept)."""
     highest, total = state[0], state[1]
-    shrink = tl.full(total.shape, 1.0, tl.float32)
-    if SINK:
-        higher, base, rise = raised(highest, (tl.zeros_like(total) + sink)[:, None])
-        shrink = tl.where(highest == float("-inf"), 0.0, tl.exp(-rise))
-        sink_weight = tl.exp(sink - base)
-        total = shrink * total + sink_weight
-        highest = higher
     empty = total == 0
     divisor = tl.where(empty, 1.0, total)
-    out = state[2] * (shrink / divisor)[:, None]
+    out = state[2] / divisor[:, None]
     log_z = tl.where(empty, float("-inf"), highest + tl.log(divisor))
     slope = out
     if KEEP:
-        first = shrink * state[4]
-        if SINK:
-            first -= sink_weight * tl.where(state[3] == float("-inf"), 0.0, state[3])
-        slope = state[5] * (shrink / divisor)[:, None] - (first / divisor)[:, None] * out
+        slope = state[5] / divisor[:, None] - (state[4] / divisor)[:, None] * out
     return out, log_z, slope
 
 
 @triton.jit
 def attend_kernel(
-    q, k, v, first, past, mask, is_bos, bos_past, bos_logit, bos_weight, bos_counted, sink, coefficients, strength,
-    beta, out, log_z, lse, entropy, slope,
+    q, k, v, first, past, mask, is_bos, bos_past, bos_logit, bos_weight, bos_counted, slot_logit, slot_value,
+    coefficients, strength, beta, out, log_z, lse, entropy, slope,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim,
-    span_batch, mask_batch, mask_head, mask_row, mask_key,
+    span_batch, mask_batch, mask_head, mask_row, mask_key, slot_step,
     heads, repeats, queries, keys, head_dim: tl.constexpr, value_dim: tl.constexpr, scale, cap, hold_from,
     DIM: tl.constexpr, VDIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
-    CAPPED: tl.constexpr, BOS: tl.constexpr, SPARED: tl.constexpr, SINK: tl.constexpr, BETA: tl.constexpr,
-    POWERS: tl.constexpr, KEEP: tl.constexpr,
+    CAPPED: tl.constexpr, BOS: tl.constexpr, SPARED: tl.constexpr, SLOTS: tl.constexpr, VALUED: tl.constexpr,
+    BETA: tl.constexpr, POWERS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
@@ -177,10 +200,11 @@ def attend_kernel(
             v_tile = tile(v_base, key, keys, value_dim, v_row, v_dim, VDIM)
             state = values_step(x, z, v_tile, state, KEEP, BETA == 2, SURE)
 
-    row_sink = 0.0
-    if SINK:
-        row_sink = tl.load(sink + head)
-    mixed, row_log_z, row_slope = values_end(state, row_sink, SINK, KEEP)
+    state = with_slots(
+        state, slot_logit + at, slot_value + head * value_dim, inside, slot_step, heads * value_dim, value_dim,
+        VDIM, SLOTS, VALUED, KEEP,
+    )  # fmt: skip
+    mixed, row_log_z, row_slope = values_end(state, KEEP)
     tl.store(log_z + at, row_log_z, mask=inside)
     store_tile(out, mixed, at, inside, value_dim, VDIM)
     if KEEP:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropemods.attention.triton.attend_kernels import values_end, values_start, values_step
+from ropemods.attention.triton.attend_kernels import values_end, values_start, values_step, with_slots
 from ropemods.attention.triton.row_kernels import statistics_end, statistics_step
 from ropemods.attention.triton.tiles import admitted, beta_of, logits, narrowed, tile, weighed, with_beta
 
@@ -183,9 +183,9 @@ def split_values_kernel(
 
 @triton.jit
 def merge_kernel(
-    sum_highest, sum_total, sum_mixed, sum_reference, sum_first, sum_mixed_first, sink, out, log_z, slope,
-    heads, queries, value_dim, parts,
-    VDIM: tl.constexpr, SINK: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr,
+    sum_highest, sum_total, sum_mixed, sum_reference, sum_first, sum_mixed_first, slot_logit, slot_value,
+    out, log_z, slope, slot_step, heads, queries, value_dim, parts,
+    VDIM: tl.constexpr, SLOTS: tl.constexpr, VALUED: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
     at = tl.program_id(0).to(tl.int64)
@@ -204,9 +204,6 @@ def merge_kernel(
     total = tl.sum(share * totals, 1)
     whole = tl.sum(tl.trans(share) * mixed, 0)[None, :]
     where = at * value_dim + channel[None, :]
-    row_sink = 0.0
-    if SINK:
-        row_sink = tl.load(sink + (at // queries) % heads)
     if KEEP:
         references = tl.load(sum_reference + at * parts + one, mask=there, other=float("-inf"))
         firsts = tl.load(sum_first + at * parts + one, mask=there, other=0.0)
@@ -215,11 +212,16 @@ def merge_kernel(
         step = tl.where(references == float("-inf"), 0.0, references - reference[:, None])
         first = tl.sum(share * (firsts + step * totals), 1)
         whole_first = tl.sum(tl.trans(share) * (mixed_first + tl.trans(step) * mixed), 0)[None, :]
-        result, row_log_z, row_slope = values_end(
-            (highest, total, whole, reference, first, whole_first), row_sink, SINK, KEEP
-        )
-        tl.store(slope + where, narrowed(row_slope, slope.dtype.element_ty), mask=channel[None, :] < value_dim)
+        state = highest, total, whole, reference, first, whole_first
     else:
-        result, row_log_z, row_slope = values_end((highest, total, whole), row_sink, SINK, KEEP)
-    tl.store(log_z + at + tl.arange(0, 1), row_log_z)
+        state = highest, total, whole
+    row = at + tl.arange(0, 1)
+    state = with_slots(
+        state, slot_logit + row, slot_value + (at // queries) % heads * value_dim, row >= 0, slot_step,
+        heads * value_dim, value_dim, VDIM, SLOTS, VALUED, KEEP,
+    )  # fmt: skip
+    result, row_log_z, row_slope = values_end(state, KEEP)
+    if KEEP:
+        tl.store(slope + where, narrowed(row_slope, slope.dtype.element_ty), mask=channel[None, :] < value_dim)
+    tl.store(log_z + row, row_log_z)
     tl.store(out + where, narrowed(result, out.dtype.element_ty), mask=channel[None, :] < value_dim)

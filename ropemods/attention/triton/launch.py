@@ -1,6 +1,6 @@
 """How the kernels of an attention call are launched: grids, strides, and what they cannot take.
 
-Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, C coefficients.
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, C coefficients, N slots.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ class Inputs(NamedTuple):
 class Terms(NamedTuple):
     """What the forward alone reads: the backward is given what they came to."""
 
-    sink: Tensor | None
+    slot_logit: Tensor | None
+    """(N, B, H, T)"""
+    slot_value: Tensor | None
+    """(N, H, D), or none of them has one."""
     coefficients: Tensor | None
     strength: Tensor | None
     hold_from: float
@@ -110,6 +113,9 @@ class Terms(NamedTuple):
         if self.beta is not None:
             return tiles.GIVEN
         return tiles.NO_BETA if self.coefficients is None else tiles.FROM_ENTROPY
+
+    def slots(self) -> dict[str, Any]:
+        return {"SLOTS": 0 if self.slot_logit is None else len(self.slot_logit), "VALUED": self.slot_value is not None}
 
 
 class Attended(NamedTuple):
@@ -178,25 +184,25 @@ def check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
 
 def forward(inputs: Inputs, terms: Terms, made: Attended, asked: Blocks | None) -> None:
     q, k, v = inputs[:3]
-    sink, coefficients, strength, hold_from, beta = terms
+    *rows_slots, coefficients, strength, hold_from, beta = terms
     out, log_z, lse, entropy, made_beta, slope = made
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
     kept = "attend_kept" if slope.numel() else "attend_entropy"
     size = asked or inputs.blocks("attend" if coefficients is None else kept)
     tensors = (
-        *(q, k, v, inputs.first, inputs.past, mask, *inputs.column(), sink, coefficients, strength),
+        *(q, k, v, inputs.first, inputs.past, mask, *inputs.column(), *rows_slots, coefficients, strength),
         made_beta if beta is None else beta,
         *(out, log_z, lse, entropy, slope),
     )
     attend_kernels.attend_kernel[triton.cdiv(queries, size.rows), batch * heads](
         *(q if x is None else x for x in tensors),
-        *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides),
+        *(*q.stride(), *k.stride(), *v.stride(), inputs.span_stride(), *mask_strides, log_z.numel()),
         *(heads, heads // k.shape[1], queries, k.shape[2], head_dim, v.shape[3]),
         *(inputs.scale, inputs.softcap, hold_from),
         **inputs.constants(),
         **_constants(inputs, terms, slope),
-        SINK=sink is not None,
+        **terms.slots(),
         VDIM=padded(v.shape[3]),
         ROWS=size.rows,
         KEYS=size.keys,
@@ -213,7 +219,7 @@ def _constants(inputs: Inputs, terms: Terms, slope: Tensor) -> dict[str, Any]:
 
 def decode(inputs: Inputs, terms: Terms, made: Attended, asked: Blocks | None, parts: int) -> None:
     q, k, v = inputs[:3]
-    sink, coefficients, strength, hold_from, beta = terms
+    *rows_slots, coefficients, strength, hold_from, beta = terms
     out, log_z, lse, entropy, made_beta, slope = made
     mask, mask_strides = inputs.mask_and_strides()
     batch, heads, queries, head_dim = q.shape
@@ -258,10 +264,10 @@ def decode(inputs: Inputs, terms: Terms, made: Attended, asked: Blocks | None, p
         PARTS=triton.next_power_of_2(parts),
     )
     decode_kernels.merge_kernel[(batch * heads * queries,)](
-        *(*sums, q if sink is None else sink, out, log_z, slope if keep else q),
-        *(heads, queries, value_dim, parts),
+        *(*sums, *(q if x is None else x for x in rows_slots), out, log_z, slope if keep else q),
+        *(log_z.numel(), heads, queries, value_dim, parts),
+        **terms.slots(),
         VDIM=padded(value_dim),
-        SINK=sink is not None,
         KEEP=keep,
         PARTS=triton.next_power_of_2(parts),
     )

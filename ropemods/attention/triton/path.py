@@ -28,7 +28,6 @@ def attend(rows: Rows) -> tuple[Tensor, Tensor]:
         rule = Rule(coefficients, asked.strength.float(), float("inf") if asked.hold_from is None else asked.hold_from)
     beta_BHT = None if rows.row_scale is None else rows.row_scale.beta_BHT.float().contiguous()
     spared = beta_BHT is not None or (asked is not None and asked.spares_column)
-    joined = slots.together(rows.slots, rows.q_BHTD, torch.float32)
     found = attend_rows(
         rows.q_BHTD,
         rows.k_BGSD,
@@ -38,7 +37,7 @@ def attend(rows: Rows) -> tuple[Tensor, Tensor]:
         softcap=rows.softcap,
         mask=rows.mask,
         column=_column(rows, spared),
-        sink_H=None if joined is None else joined.logit_NBHT[0, 0, :, 0].contiguous(),
+        slots=slots.together(rows.slots, rows.q_BHTD, torch.float32),
         rule=rule,
         beta_BHT=beta_BHT,
         spared=spared,
