@@ -66,14 +66,14 @@ def attend(
         column = Column(None, None, None, None)
     if rule is None:
         rule = Rule(None, None, float("inf"))
-    slots = slots or (None, None)
-    grown = [q_BHTD, k_BGSD, v_BGSD, column.logit_BHT, *slots, beta_BHT, rule.coefficients_HC]
+    logit, value = slots or (None, None)
+    grown = [q_BHTD, k_BGSD, v_BGSD, column.logit_BHT, logit, value, beta_BHT, rule.coefficients_HC]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grown)
     if parts is None:
         parts = launch.parts(q_BHTD, k_BGSD)
     return attend_rows(
         Inputs(q_BHTD, k_BGSD, v_BGSD, *spans, mask, *column, scale, softcap or 0.0, spared),
-        Terms(*slots, *rule, beta_BHT),
+        Terms(logit, value, *rule, beta_BHT),
         Options(keep, parts, *((0, 0) if blocks is None else blocks[:2])),
     )
 

@@ -214,7 +214,7 @@ def merge_kernel(
         whole_first = tl.sum(tl.trans(share) * (mixed_first + tl.trans(step) * mixed), 0)[None, :]
         state = highest, total, whole, reference, first, whole_first
     else:
-        state = highest, total, whole
+        state = highest, total, whole  # type: ignore[assignment]
     row = at + tl.arange(0, 1)
     state = with_slots(
         state, slot_logit + row, slot_value + (at // queries) % heads * value_dim, row >= 0, slot_step,
