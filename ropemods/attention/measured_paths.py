@@ -35,6 +35,12 @@ def call(dtype: torch.dtype, head_dim: int, kind: str, terms: Iterable[str]) -> 
     return "/".join((str(dtype).removeprefix("torch."), str(head_dim), kind, "+".join(sorted(terms)) or "none"))
 
 
+def for_rows(rows: Rows) -> str:
+    """One of `paths.PATHS`, for this call."""
+    path = paths.chosen(rows.q_BHTD.device)
+    return best(rows) if path == paths.MEASURED else path
+
+
 def best(rows: Rows) -> str:
     """The path for these rows, by the file that ROPEMODS_KERNEL names."""
     q = rows.q_BHTD

@@ -21,8 +21,6 @@ from collections.abc import Iterator
 
 import torch
 
-from ropemods.attention.rows import Rows
-
 VARIABLE = "ROPEMODS_KERNEL"
 PATHS = ("flash", "triton", "triton-rows", "flex")
 DEFAULT = "flash"
@@ -49,16 +47,6 @@ def chosen(device: torch.device) -> str:
         able = [path for path in PATHS if obstacle(path, device) is None]
         raise ValueError(f"{VARIABLE} asks for {named}, but {reason}; {' and '.join(able)} can run there")
     return named
-
-
-def for_rows(rows: Rows) -> str:
-    """One of PATHS, for this call."""
-    path = chosen(rows.q_BHTD.device)
-    if path != MEASURED:
-        return path
-    from ropemods.attention import measured_paths
-
-    return measured_paths.best(rows)
 
 
 def obstacle(path: str, device: torch.device) -> str | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ropemods.attention import capabilities, cpu_column, cpu_decode, eager, flash, flex, slots
-from ropemods.attention.paths import for_rows
+from ropemods.attention.measured_paths import for_rows
 from ropemods.attention.rows import Rows, additive_mask, scaled, wide, with_beta
 from ropemods.attention.terms import Column
 

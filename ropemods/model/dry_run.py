@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ropemods.attention import capabilities, eager, paths
+from ropemods.attention import capabilities, eager, measured_paths
 from ropemods.attention.rows import Rows, shown
 from ropemods.model import attention_function, rope_tables
 from ropemods.model.anatomy import Anatomy, anatomy_of
@@ -206,7 +206,7 @@ def _check_terms(module: nn.Module, asked: attention_function.Asked, shared: dic
         )
     if asked.backend == "sdpa":
         in_training = rows._replace(dropout=site.dropout)
-        path = paths.for_rows(rows)
+        path = measured_paths.for_rows(rows)
         found = capabilities.limit(path, in_training, rows.q_BHTD.device.type)
         if found is not None:
             site.untrainable = capabilities.refusal(path, found, in_training, rows.q_BHTD.device)

@@ -38,7 +38,7 @@ def test_the_measured_path_runs_where_it_was_measured_and_nowhere_else(tmp_path:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda")
     assert measured_paths.choice(cuda, KEY) == "triton-rows" and paths.chosen(cuda) == paths.MEASURED
-    assert paths.for_rows(rows()) == paths.DEFAULT, "a CPU has no choice"
+    assert measured_paths.for_rows(rows()) == paths.DEFAULT, "a CPU has no choice"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match=r"has choices for cpu, 9\.0, and this device is 8\.0.*--choices"):
         measured_paths.choice(cuda, KEY)
