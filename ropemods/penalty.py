@@ -109,9 +109,12 @@ class Penalty:
         """Tokens that a sequence must have, so that early and late queries do not meet."""
         return 2 * self.early[1]
 
-    def weights_after(self, steps: int) -> Weights:
-        risen = min(1.0, steps / self.warmup_steps) if self.warmup_steps else 1.0
-        return Weights(self.weight * risen, self.total * risen)
+    def weight_after(self, steps: int) -> float:
+        return self.weight * self.risen(steps)
+
+    def risen(self, steps: int) -> float:
+        """The share of both weights that is in force."""
+        return min(1.0, steps / self.warmup_steps) if self.warmup_steps else 1.0
 
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -195,12 +198,7 @@ class Penalized:
     @property
     def weight(self) -> float:
         """Of the residual, in force now."""
-        return self.weights.residual
-
-    @property
-    def weights(self) -> Weights:
-        """In force now."""
-        return self.options.weights_after(self.steps)
+        return self.options.weight_after(self.steps)
 
     def step(self) -> None:
         """End an optimizer step. Called by itself when a torch optimizer steps; yours to call where none does."""
@@ -282,7 +280,8 @@ class Penalized:
         if self._plan is None or self._plan[0] != (found, device):
             made = deviations.plan(found, early=options.early, window=options.window, late=options.late, device=device)
             self._plan = (found, device), made
-        return Pass(self._plan[1], self._layers, self.weights, self._corrected(device))
+        weights = Weights(options.weight, options.total)
+        return Pass(self._plan[1], self._layers, weights, self._corrected(device), options.risen(self.steps))
 
     def end(self, this: Pass) -> Tensor | None:
         found = this.deviations()
@@ -318,7 +317,7 @@ class Penalized:
         return self.options.window + (self.options.total > 0)
 
     def _corrected(self, device: torch.device) -> Tensor | None:
-        if self._mean is None or not any(self.weights):
+        if self._mean is None or self.options.risen(self.steps) == 0:
             return None
         return (self._mean / (1 - self.options.momentum**self._known)).to(device)
 

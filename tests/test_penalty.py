@@ -509,7 +509,21 @@ def test_compiled_model_trains_alike() -> None:
 
 def test_warm_up_is_linear_in_steps() -> None:
     options = rm.Penalty(weight=4.0, warmup_steps=8)
-    assert [options.weights_after(n).residual for n in (0, 2, 8, 100)] == [0.0, 1.0, 4.0, 4.0]
+    assert [options.weight_after(n) for n in (0, 2, 8, 100)] == [0.0, 1.0, 4.0, 4.0]
+
+
+def test_total_warms_up_from_zero_beside_the_residual() -> None:
+    model = zoo.build().train()
+    penalized = rm.penalize(model, weight=3.0, total=1.5, warmup_steps=2, **OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    said = []
+    for _ in range(4):
+        model(**batch()).loss.backward()
+        said.append(float(penalized.last.penalty))
+        optimizer.step()
+    # Nothing moves, so the penalty is that of the same deviations throughout, by what the weights have risen to.
+    assert said[0] == 0
+    assert said[1] == pytest.approx(said[3] / 2, rel=1e-4) and said[2] == pytest.approx(said[3], rel=1e-4)
 
 
 def test_running_mean_survives_in_checkpoints(tmp_path: Path) -> None:

@@ -48,13 +48,23 @@ class Weights(NamedTuple):
 class Pass:
     """One forward pass in training: what was read of its layers, and the gradient on its way back to them."""
 
-    def __init__(self, plan: Plan, layers: dict[nn.Module, int], weights: Weights, mean_LHEX: Tensor | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        layers: dict[nn.Module, int],
+        weights: Weights,
+        mean_LHEX: Tensor | None,
+        risen: float,
+    ) -> None:
         """`mean_LHEX` is what is multiplied with this batch's deviations, a constant; None where nothing is penalised
-        yet."""
-        self.plan, self.layers, self.weights, self.mean_LHEX = plan, layers, weights, mean_LHEX
-        self.weight_LHEX = None if mean_LHEX is None else _weight(mean_LHEX, weights, plan.window)
+        yet. `risen` is the share of the weights that is in force: what is read does not depend on it."""
+        self.plan, self.layers, self.mean_LHEX = plan, layers, mean_LHEX
+        self.total = weights.total > 0
+        self.weight_LHEX = None if mean_LHEX is None else risen * _weight(mean_LHEX, weights, plan.window)
         self.open = True
-        self.seen: dict[int, Read | Rows] = {}
+        self.seen: dict[int, Read] = {}
+        self.whole: dict[int, Rows] = {}
+        """Layers of which whole rows are read."""
         self.put_back: dict[int, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
         """What adds the penalty's gradient to that of a layer's tensors."""
 
@@ -68,31 +78,40 @@ class Pass:
                 f"the penalty needs whole sequences; attention layer {layer} has {rows.q_BHTD.shape[2]} queries on "
                 f"{rows.k_BGSD.shape[2]} keys. Train without a cache of earlier tokens"
             )
-        way = whole_rows if self.weights.total or rows.names() & BIASES else deviations
+        wholly = self.total or bool(rows.names() & BIASES)
         if self.open:  # not when a layer is recomputed
-            if layer in self.seen:
+            if layer in self.seen or layer in self.whole:
                 raise ValueError(
                     f"attention layer {layer} makes several attention calls in a forward pass, and the penalty reads "
                     "one map a layer; leave it out with layers=…"
                 )
             with torch.no_grad():
-                self.seen[layer] = way.read(rows, self.plan)
+                if wholly:
+                    self.whole[layer] = whole_rows.read(rows)
+                else:
+                    self.seen[layer] = deviations.read(rows, self.plan)
         if self.weight_LHEX is None:
             return rows
+        way = whole_rows if wholly else deviations
         return way.with_tensors(rows, _Layer.apply(self, layer, *way.tensors(rows)))
 
     @torch.no_grad()
     def deviations(self) -> Tensor:
         """D of all layers, with M behind it where the total counts (LHEX), when the last has been read."""
         self.open = False
-        missing = sorted(set(self.layers.values()) - set(self.seen))
+        missing = sorted(set(self.layers.values()) - set(self.seen) - set(self.whole))
         if missing:
             raise ValueError(
                 f"the penalty did not reach the attention layers {missing}: this model does not hand keyword arguments "
                 "down to its attention, or skipped these layers; leave them out with layers=…"
             )
-        found = [self._of(part, self._stacked(part)) for part in self._parts()]
-        return torch.cat([x.to(found[-1].device) for x in found])
+        found: dict[int, Tensor] = {}
+        for part in self._parts():
+            found |= zip(part, self._of(part, self._stacked(part)), strict=True)
+        for layer, rows in self.whole.items():
+            found[layer] = whole_rows.deviations(rows, self.plan, total=self.total)
+        home = found[max(found)].device
+        return torch.stack([found[layer].to(home) for layer in sorted(found)])
 
     def penalty(self, deviations_LHEX: Tensor) -> Tensor:
         assert self.weight_LHEX is not None
@@ -101,32 +120,26 @@ class Pass:
     def send_back(self, scale: Tensor) -> None:
         """The gradient of `scale` times the penalty, made ready for every layer."""
         assert self.weight_LHEX is not None
-        at = {layer: n for n, layer in enumerate(sorted(self.seen))}
+        weight_HEX = dict(zip(sorted({*self.seen, *self.whole}), self.weight_LHEX, strict=True))
         for part in self._parts():
-            weight_LHEX = self.weight_LHEX[at[part[0]] : at[part[0]] + len(part)]
-            first = self.seen[part[0]]
-            if isinstance(first, Rows):
-                options = {"seen": first, "plan": self.plan, "weight_HEX": weight_LHEX[0], "scale": scale}
-                self.put_back[part[0]] = partial(whole_rows.put_back, **options)
-                continue
             with torch.enable_grad():
                 stacked = [None if x is None else x.requires_grad_() for x in self._stacked(part)]
                 found = self._of(part, stacked)
-                value = (weight_LHEX.to(found.device) * found).sum()
+                value = (torch.stack([weight_HEX[layer] for layer in part]).to(found.device) * found).sum()
             wanted = [x for x in stacked if x is not None]
             grads = torch.autograd.grad(value, wanted, scale.to(value.device, value.dtype))
             for n, layer in enumerate(part):
                 more = [grad[n] for grad in grads]
                 self.put_back[layer] = partial(deviations.put_back, plan=self.plan, more=more)
+        for layer, rows in self.whole.items():
+            options = {"seen": rows, "plan": self.plan, "weight_HEX": weight_HEX[layer], "scale": scale}
+            self.put_back[layer] = partial(whole_rows.put_back, **options)
 
     def _parts(self) -> list[list[int]]:
-        """Neighbouring layers of one shape, so many that their keys' windows fit the memory; whole rows alone."""
+        """Neighbouring layers of one shape, so many that their keys' windows fit the working memory."""
         parts: list[list[int]] = []
         for layer in sorted(self.seen):
             one = self.seen[layer]
-            if isinstance(one, Rows):
-                parts.append([layer])
-                continue
             most = AT_ONCE // (one.k_NCGD[0, 0].numel() * self.plan.query_NQ.numel() * self.plan.window)
             if parts and len(parts[-1]) < most and _alike(self.seen[parts[-1][0]], one):
                 parts[-1].append(layer)
@@ -135,37 +148,30 @@ class Pass:
         return parts
 
     def _stacked(self, part: list[int]) -> list[Tensor | None]:
-        if isinstance(self.seen[part[0]], Rows):
-            return []
         q_L, k_L, beta_L = zip(*(self.seen[layer][:3] for layer in part), strict=True)
         return [torch.stack(q_L), torch.stack(k_L), None if beta_L[0] is None else torch.stack(beta_L)]
 
     def _of(self, part: list[int], stacked: list[Tensor | None]) -> Tensor:
-        first = self.seen[part[0]]
-        if isinstance(first, Rows):
-            with torch.autocast(first.q_BHTD.device.type, enabled=False):
-                return whole_rows.deviations(first, self.plan, total=bool(self.weights.total))[None]
         q_LNQHD, k_LNCGD, beta_LNQH = stacked
         assert q_LNQHD is not None and k_LNCGD is not None
         with torch.autocast(q_LNQHD.device.type, enabled=False):
-            return deviations.deviations(q_LNQHD, k_LNCGD, beta_LNQH, first, self.plan)
+            return deviations.deviations(q_LNQHD, k_LNCGD, beta_LNQH, self.seen[part[0]], self.plan)
 
 
 def _weight(mean_LHEX: Tensor, weights: Weights, window: int) -> Tensor:
     """What a penalty is the sum of, times the deviations: of 2 D̄ D, a mean over layers, heads, queries and offsets,
     and of 2 (D̄ + M̄) (D + M)."""
     D_LHEW, M_LHEx = mean_LHEX.split((window, mean_LHEX.shape[-1] - window), -1)
-    weight_LHEX = weights.residual * mean_LHEX
+    weight_LHEX = weights.residual * D_LHEW
     if weights.total:
         T_LHEW = D_LHEW + M_LHEx
         whole_LHEX = torch.cat((T_LHEW, T_LHEW.sum(-1, keepdim=True)), -1)
-        weight_LHEX[..., window:] = 0
-        weight_LHEX = weight_LHEX + weights.total * whole_LHEX
+        weight_LHEX = torch.cat((weight_LHEX, torch.zeros_like(M_LHEx)), -1) + weights.total * whole_LHEX
     return weight_LHEX * (2 / D_LHEW.numel())
 
 
-def _alike(one: Read | Rows, other: Read) -> bool:
-    return isinstance(one, Read) and (one.scale, one.softcap, *((x.shape, x.device) for x in one.tensors)) == (
+def _alike(one: Read, other: Read) -> bool:
+    return (one.scale, one.softcap, *((x.shape, x.device) for x in one.tensors)) == (
         other.scale, other.softcap, *((x.shape, x.device) for x in other.tensors)
     )  # fmt: skip
 

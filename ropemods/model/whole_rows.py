@@ -28,7 +28,7 @@ AT_ONCE = 1 << 24
 """Logits that are worked on together."""
 
 
-def read(rows: Rows, plan: Plan) -> Rows:
+def read(rows: Rows) -> Rows:
     """What the logits are made of, without a graph."""
     return _mapped(_of_logits(rows), Tensor.detach)._replace(mask=rows.mask)
 
@@ -63,7 +63,8 @@ def with_tensors(rows: Rows, given: tuple[Tensor, ...]) -> Rows:
 
 def deviations(seen: Rows, plan: Plan, *, total: bool) -> Tensor:
     """D of one layer, with M behind it where `total` (HEX), in fp32 (fp64 for fp64)."""
-    return torch.stack([_of(seen, part, plan, total) for part in _parts(seen, plan)]).sum(0)
+    with torch.autocast(seen.q_BHTD.device.type, enabled=False):
+        return torch.stack([_of(seen, part, plan, total) for part in _parts(seen, plan)]).sum(0)
 
 
 def put_back(
