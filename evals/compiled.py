@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 
 from evals.between import write_between
 from evals.claim import RESULTS
-from ropemods.attention.triton import attend_kernels, blocks, decode_kernels, gradient_kernels, row_kernels
+from ropemods.attention.triton import attend_kernels, blocks, decode_kernels, gradient_kernels, row_kernels, tiles
 from ropemods.attention.triton.blocks import Blocks
 from ropemods.report.words import markdown_table
 from ropemods.settings.files import write_text
@@ -53,13 +53,19 @@ CAPABILITIES = (80, 90, 100)
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 DIMS = (64, 128, 256)
 TEMPERATURE: dict[str, Any] = {
-    "BETA": 2, "POWERS": 5, "KEEP": True, "MASK": 0, "CAPPED": False, "BOS": False, "SPARED": False, "SLOTS": 0,
-    "VALUED": False,
+    "BETA": tiles.FROM_ENTROPY, "POWERS": 5, "KEEP": True, "MASK": tiles.NO_MASK, "CAPPED": False, "BOS": False,
+    "SPARED": False, "SLOTS": 0, "VALUED": False,
 }  # fmt: skip
-EVERYTHING = TEMPERATURE | {"MASK": 2, "CAPPED": True, "BOS": True, "SPARED": True, "SLOTS": 1, "VALUED": True}
+EVERYTHING = TEMPERATURE | {
+    "MASK": tiles.ADDITIVE,
+    "CAPPED": True,
+    "BOS": True,
+    "SPARED": True,
+    "SLOTS": 1,
+    "VALUED": True,
+}
 ASKED = {"temperature": TEMPERATURE, "everything": EVERYTHING}
-BOOLEAN_MASK = 1
-INPUTS = "q k v d_out out slope dq dk dv".split()
+INPUTS = "mask q k v d_out out slope dq dk dv".split()
 CANDIDATES = [
     Blocks(*sizes)
     for sizes in (
@@ -92,7 +98,6 @@ def compiled(
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys((*strides, *SIZES), "i32")
     types |= dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}") | dict.fromkeys(("first", "past", "bos_past"), "*i32")
     types |= dict.fromkeys(("scale", "cap", "hold_from"), "fp32") | {"is_bos": "*u8"}
-    types |= {"mask": "*u8" if asked["MASK"] == BOOLEAN_MASK else f"*{DTYPES[dtype]}"}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [n for n in kernel.arg_names if types[n].startswith("*") or n in strides]
     source = ASTSource(

@@ -201,7 +201,7 @@ class Bench:
         groups = [
             {"params": wide, "weight_decay": 0.1, "initial_lr": self.p["learning_rate"]},
             {"params": narrow, "weight_decay": 0.0, "initial_lr": self.p["learning_rate"]},
-            # A modification's numbers, a few a head, start at 0 and have a long way to go.
+            # A modification's numbers start at 0, or small, and have a long way to go.
             {"params": added, "weight_decay": 0.0, "initial_lr": FASTER * self.p["learning_rate"]},
         ]
         optimizer = torch.optim.AdamW(

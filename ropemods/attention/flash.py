@@ -144,9 +144,11 @@ def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _attention_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, logit, value, mask, out, log_z = ctx.saved_tensors
     dq, dk, dv = _backward(d_out, q, k, v, mask, out, log_z, ctx.causal, ctx.scale)
-    d_wide = d_out.to(log_z.dtype)
-    delta = (d_wide * out.to(log_z.dtype)).sum(-1)
-    of_slots = (None, None) if logit is None else slots.gradients(d_wide, delta, log_z, logit, value)
+    of_slots: tuple[Tensor | None, ...] = None, None
+    if logit is not None:
+        d_wide = d_out.to(log_z.dtype)
+        delta = (d_wide * out.to(log_z.dtype)).sum(-1)
+        of_slots = slots.gradients(d_wide, delta, log_z, logit, value)
     return dq, dk, dv, *of_slots, None, None, None
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ropemods.attention.measured_paths import card
+
 MEASURED = Path(__file__).with_name("blocks.json")
 FITTING = Path(__file__).with_name("fitting.json")
 KERNELS = {
@@ -75,7 +77,7 @@ def name(kernel: str, head_dim: int, dtype: torch.dtype) -> str:
 
 @functools.cache
 def capability(device: torch.device) -> str:
-    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return card(device)
 
 
 @functools.cache
