@@ -54,7 +54,7 @@ PLANS: dict[str, list[tuple[Arm, tuple[int, ...]]]] = {
         (Arm(3.0, steps=96), (0,)),
         # The total as well, and what can hold a row's denominator still.
         (Arm(3.0, steps=96, total=1.0, mods=("log",)), (0,)),
-        (Arm(3.0, steps=96, total=0.3), (0, 1)),
+        (Arm(3.0, steps=96, total=0.3), (0, 1, 2)),
         (Arm(3.0, steps=96, total=1.0), (0,)),
         (Arm(3.0, steps=96, total=1.0, mods=("keyed", "log")), (0,)),
         (Arm(steps=96), (1,)),

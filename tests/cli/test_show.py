@@ -138,4 +138,4 @@ def test_show_paths_reads_the_table_of_capabilities(here: Path, capsys: pytest.C
     run("show model --paths")
     text = capsys.readouterr().out
     assert text.startswith("training on c") and "\nScaleInvariant(tau=10.0)" in text and "\nKeyedSink()" in text
-    assert "a slot with a value, or with a logit of each row was asked for on the triton kernels" in text
+    assert "a factor and bias by offset was asked for on the triton kernels" in text
