@@ -46,6 +46,7 @@ PROGRAMS = (
     "interventions",
     "leakage_cost",
     "step_cost",
+    "growth",
     "schedule",
     "before_after",
     "dose",

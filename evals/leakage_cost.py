@@ -39,6 +39,7 @@ from ropemods.leakage.protocol import Protocol
 from ropemods.model.observation import observing
 
 LENGTH, SEED = 2048, 0
+RANDOM = "llama48M"
 __all__ = ["PROTOCOL", "learned", "run", "section"]
 ALONE = True
 PROTOCOL = {
@@ -46,7 +47,7 @@ PROTOCOL = {
         "seeds": [SEED],
         "length": LENGTH,
         "rounds": 2,
-        "sequences_and_batch": {"prose3M": [16, 4], "llama48M": [8, 2]},
+        "sequences_and_batch": {"prose3M": [16, 4], RANDOM: [8, 2]},
         "lengths": [512, 1024, 2048, 4096, 8192],
     }
 }
@@ -59,8 +60,8 @@ def protocol_of(length: int, sequences: int, batch_size: int) -> Protocol:
 
 
 def model_of(name: str, data: Path, *, attention: str = "sdpa") -> PreTrainedModel:
-    """prose3M, or a random llama with shares of attention, MLP and head that are nearer to a real one's."""
-    if name == "prose3M":
+    """A folder under models/, or a random llama with shares of attention, MLP and head nearer to a real one's."""
+    if name != RANDOM:
         return AutoModelForCausalLM.from_pretrained(data / "models" / name, attn_implementation=attention).eval()
     torch.manual_seed(SEED)
     config = LlamaConfig(

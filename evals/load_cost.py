@@ -21,9 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evals.between import marks, write_between
-from ropemods.report.words import markdown_table
-
+# Nothing of ropemods up here, nor what imports it: its import is one of the steps.
 PART = "load"
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -50,6 +48,7 @@ def steps(folder: Path, *, modified: bool, shape: dict[str, Any] = SHAPE) -> lis
 
     torch, auto, config = timed("import torch and transformers", imported)
     if modified:
+        assert "ropemods" not in sys.modules, "it is to be imported here, where it is timed"
         rm = timed("import ropemods", lambda: __import__("ropemods"))
     model = timed("make the model", lambda: auto.from_config(config(**shape), dtype=torch.bfloat16))
     if modified:
@@ -65,6 +64,8 @@ def steps(folder: Path, *, modified: bool, shape: dict[str, Any] = SHAPE) -> lis
 
 
 def table(found: dict[str, list[tuple[str, float, float]]]) -> str:
+    from ropemods.report.words import markdown_table
+
     stock, modified = ({name: each for name, *each in rows} for rows in found.values())
     lines = [
         (name, *(f"{each[name][i]:.2f}" if name in each else "–" for i in (0, 1) for each in (stock, modified)))
@@ -76,7 +77,7 @@ def table(found: dict[str, list[tuple[str, float, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help=f"write the table between {' and '.join(marks(PART))} of this file")
+    parser.add_argument("--page", type=Path, help=f"write the table behind <!-- {PART} --> of this file")
     parser.add_argument("--only", choices=("stock", "modified"), help="one of the two, in this process, as JSON")
     options = parser.parse_args()
     if options.only:
@@ -91,6 +92,8 @@ def main() -> None:
         shutil.rmtree(place)
     print(table(found))
     if options.page is not None:
+        from evals.between import write_between
+
         write_between(options.page, PART, table(found))
 
 

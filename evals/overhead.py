@@ -1,7 +1,10 @@
 """What each modification costs a whole model, before and after a change of the inside.
 
     git worktree add ../before 00d0a08
-    OMP_NUM_THREADS=1 python -m evals.overhead --model .cache/SmolLM2-135M --before ../before --page evals/profile.md
+    OMP_NUM_THREADS=1 python -m evals.overhead --model .cache/SmolLM2-135M --before ../before \\
+        --cases "decode 1024" "decode 8192" --page evals/profile.md
+    OMP_NUM_THREADS=1 python -m evals.overhead --model .cache/SmolLM2-135M --cases forward \\
+        --page evals/profile.md
 
 A token decoded on a cache of 1,024 or 8,192, and 4 × 256 tokens forward and in training (forward and backward), the
 modified model and the stock one in turn, in CPU time of one thread; median and quartiles of the ratios. Each checkout
@@ -43,7 +46,8 @@ MODS = {
 CASES = {"decode 1024": 21, "decode 8192": 9, "forward": 7, "training": 5}
 """With the rounds that each is timed for."""
 BATCH, LENGTH = 4, 256
-PART = "decode"
+PARTS = {"decode": "decode", "forward": "passes", "training": "passes"}
+"""The table of a page that a kind of case belongs to."""
 Quartiles = list[float]
 
 
@@ -133,18 +137,22 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--before", type=Path, help="another checkout, timed too")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--page", type=Path, help=f"write the table between {' and '.join(marks(PART))} of this file")
+    where = " or ".join(marks(part)[0] for part in dict.fromkeys(PARTS.values()))
+    parser.add_argument("--page", type=Path, help=f"write the table behind {where} of this file: cases of one of them")
     parser.add_argument("--json", action="store_true", help="print the quartiles alone")
     options = parser.parse_args()
     if options.json:
         print(json.dumps(ratios(options.model, options.cases)))
         return
+    parts = {PARTS[case.split()[0]] for case in options.cases}
+    if options.page is not None and len(parts) > 1:
+        parser.error("decoding and whole passes have a table each on the page: ask for one of them with --cases")
     columns = {} if options.before is None else {"before": timed(options.before, options)}
     columns["after"] = timed(Path(__file__).parent.parent, options)
     written = f"torch {torch.__version__}.\n\n{table(columns, options.cases)}"
     print(written)
     if options.page is not None:
-        write_between(options.page, PART, written)
+        write_between(options.page, parts.pop(), written)
 
 
 if __name__ == "__main__":
