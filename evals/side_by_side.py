@@ -2,10 +2,12 @@
 
     git worktree add ../before 00d0a08
     python -m evals.side_by_side ../before . --model .cache/SmolLM2-135M
+    python -m evals.side_by_side ../before . --rounds 3 --lengths 256 1024 --group_ratios 1 --page evals/bench.md
 
-Each round runs `ropemods bench` in one checkout and then in the other, each in a process of its own, so what the
-machine does meanwhile meets both. A ratio is that to stock attention within its process. Subjects that only one of the
-two has are left out. With `--model` also the seconds that `apply` takes on it, with one modification of each place.
+Each round runs `ropemods bench`, with the options that are not this program's own, in one checkout and then in the
+other, each in a process of its own, so what the machine does meanwhile meets both. A ratio is that to stock attention
+within its process. Subjects that only one of the two has are left out. With `--model` also the seconds that `apply`
+takes on it, with one modification of each place.
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from evals.between import marks, write_between
+
+PART = "before and after"
 APPLY = """
 import sys, time, warnings
 import ropemods as rm
@@ -85,9 +92,14 @@ if __name__ == "__main__":
     parser.add_argument("after", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--page", type=Path, help=f"write the table between {' and '.join(marks(PART))} of this file")
     given, options = parser.parse_known_args()
     found: dict[Path, list[dict[Row, float]]] = {given.before: [], given.after: []}
     for _ in range(given.rounds):
         for checkout, rounds in found.items():
             rounds.append(bench(checkout, options) | (applied(checkout, given.model) if given.model else {}))
-    print(table(found[given.before], found[given.after]))
+    written = table(found[given.before], found[given.after])
+    print(written)
+    if given.page is not None:
+        said = f"torch {torch.__version__}, {given.rounds} rounds, `ropemods bench {' '.join(options)}`."
+        write_between(given.page, PART, f"{said}\n\n{written}")
