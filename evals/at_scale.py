@@ -35,9 +35,13 @@ def products(size: gpu_steps.Size, count: int) -> float:
     return count * size.batch * size.layers * size.length**2 * size.hidden
 
 
+def training_calls(shown: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for part in shown["bench"].values() for row in part if row["kind"] == "training"]
+
+
 def rates(shown: dict[str, Any]) -> tuple[float, float]:
     """Operations a second of stock attention and of all else, in training."""
-    rows = [row for part in shown["bench"].values() for row in part if row["kind"] == "training"]
+    rows = training_calls(shown)
     each = rows[0]["shape"]
     work = (FORWARD + BACKWARD) * each["length"] ** 2 * each["head_dim"] * each["heads"]
     attention = work / (statistics.median(row["ratio"]["first_ms"] for row in rows) / 1000)
@@ -57,12 +61,10 @@ def seconds(shown: dict[str, Any], size: gpu_steps.Size = SIZE) -> tuple[float, 
 def gib(size: gpu_steps.Size = SIZE) -> dict[str, float]:
     """On each GPU."""
     tokens, dim = size.batch * size.length, size.hidden // size.heads
+    of_layers = gpu_steps.parameters(size) - size.vocabulary * size.hidden
     kept = {
         "weights, gradients and optimizer, sharded": STATES * gpu_steps.parameters(size) / GPUS,
-        "a layer's weights, gathered, and the next one's": 2
-        * 2
-        * (gpu_steps.parameters(size) - size.vocabulary * size.hidden)
-        / size.layers,
+        "a layer's weights, gathered, and the next one's, bf16": 2 * 2 * of_layers / size.layers,
         "checkpoints: the stream before each layer, bf16": 2 * tokens * size.hidden * size.layers,
         "one layer at work, bf16": 2 * tokens * (4 * size.hidden + 2 * size.groups * dim + 3 * size.inner),
         "logits and their gradient, fp32, if not cut in chunks": 2 * 4 * tokens * size.vocabulary,
@@ -76,17 +78,12 @@ def section(bytes_of_sums: float) -> str:
     """`bytes_of_sums`: a layer, head, token and group of documents."""
     shown = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))
     rest, attention = seconds(shown)
-    found: dict[str, dict[str, Any]] = {}
-    for row in (row for part in shown["bench"].values() for row in part if row["kind"] == "training"):
-        best = found.setdefault(row["subject"], {"ratio": row["ratio"]["median"], "floor": row["floor"]})
-        best["ratio"] = min(best["ratio"], row["ratio"]["median"])
-        best["floor"] = min(best["floor"], row["floor"])
-    lines = []
-    for subject, of in found.items():
-        times = [rest + attention * of[name] for name in ("ratio", "floor")]
-        lines.append(
-            (subject.replace("stock again", "stock"), *(f"{t:.0f} s, {t / (rest + attention):.2f}" for t in times))
-        )
+    stock, rows, lines = rest + attention, training_calls(shown), []
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        of = [row for row in rows if row["subject"] == subject]
+        least = min(row["ratio"]["median"] for row in of), min(row["floor"] for row in of)
+        times = [rest + attention * ratio for ratio in least]
+        lines.append((subject.replace("stock again", "stock"), *(f"{t:.0f} s, {t / stock:.2f}" for t in times)))
     sums = bytes_of_sums * SIZE.layers * SIZE.heads * SIZE.length * GROUPS / 2**30
     return "\n\n".join(
         (

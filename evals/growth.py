@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,9 +32,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import ropemods as rm
 from evals import at_scale
 from evals.claim import Cells, Learned
-from evals.intervals import ends, over_seeds, shown, t_quantile
+from evals.intervals import ends, over_seeds, shown
 from evals.leakage_cost import crops_of, measured, protocol_of
 from evals.overhead import decoding
+from ropemods import clock
 from ropemods.leakage.capture import capture
 from ropemods.model.observation import observing
 from ropemods.report.words import markdown_table
@@ -90,9 +90,7 @@ def grown(kind: str, axis: str, data: Path, p: dict[str, Any]) -> dict[str, Any]
 def timed(call: Callable[[], Any], rounds: int) -> list[float]:
     seconds: list[float] = []
     for n in itertools.count():
-        start = time.process_time()
-        call()
-        seconds.append(time.process_time() - start)
+        seconds.append(clock.seconds(call, "cpu"))
         if n == 0 and seconds[0] < LONG:
             seconds.clear()
         if len(seconds) == rounds:
@@ -183,20 +181,16 @@ def bytes_of_sums(p: dict[str, Any]) -> dict[str, float]:
 
 def above(found: dict[str, Any]) -> list[str]:
     """What grows faster than it must, and faster than the same of the stock model."""
-    exponents = {
-        (kind, axis): found["grown"][f"{kind} · {axis}"]["exponent"] for kind in THEORY for axis in THEORY[kind]
-    }
-    low, high = {}, {}
-    for each, of in exponents.items():
-        rounds = of["seeds"]
-        half = t_quantile(len(rounds) - 1, 1 - 0.025 / len(exponents)) * statistics.stdev(rounds) / len(rounds) ** 0.5
-        low[each], high[each] = of["value"] - half, of["value"] + half
-    stock = {(kind, axis): (kind.replace("modified", "stock"), axis) for kind, axis in exponents}
-    return [
-        f"{kind} by {axis}"
-        for (kind, axis), least in low.items()
-        if least > THEORY[kind][axis] and (stock[kind, axis] == (kind, axis) or least > high[stock[kind, axis]])
-    ]
+    rounds = {(k, a): found["grown"][f"{k} · {a}"]["exponent"]["seeds"] for k in THEORY for a in THEORY[k]}
+    together = 1 - 0.025 / len(rounds)
+    of = {each: over_seeds(slopes, probability=together) for each, slopes in rounds.items()}
+    faster = []
+    for kind, axis in of:
+        stock = kind.replace("modified", "stock")
+        must = THEORY[kind][axis] if stock == kind else max(THEORY[kind][axis], of[stock, axis]["high"])
+        if of[kind, axis]["low"] > must:
+            faster.append(f"{kind} by {axis}")
+    return faster
 
 
 def section(found: dict[str, Any]) -> str:
@@ -215,7 +209,7 @@ def section(found: dict[str, Any]) -> str:
             "## How cost grows",
             f"The power of the size with which the time grows, over the upper half of the sizes. "
             f"{'Faster than theory: ' + ', '.join(faster) if faster else 'Nothing grows faster than theory'}"
-            f"{' (stock: a long cache outgrows those of the CPU)' if 'stock' in str(faster) else ''}. "
+            f"{' (stock: a long cache outgrows those of the CPU)' if any('stock' in each for each in faster) else ''}. "
             f"A modified training step at {axes['length'][1]} tokens takes {ratio:.2f} of the stock one, where the "
             "model is hardly more than its attention.",
             markdown_table(head, lines),

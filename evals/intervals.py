@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """The mean with its interval, and the values themselves. Give differences, seed by seed, where seeds are paired."""
+def over_seeds(values: Sequence[float], *, probability: float = 0.975) -> dict[str, Any]:
+    """The mean with its interval, and the values themselves. Give differences, seed by seed, where seeds are paired.
+
+    `probability` is that of the upper end: nearer to 1 where many intervals are to hold together.
+    """
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs two or more, not {len(values)}")
     mean = statistics.fmean(values)
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1, probability) * statistics.stdev(values) / math.sqrt(len(values))
     return {"value": mean, "low": mean - half, "high": mean + half, "seeds": list(values)}
 
 

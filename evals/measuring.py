@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ SHORT, LONG = (256, 64), (8192, 8)
 def ratios(model: Any, crops: Crops, ways: dict[str, Crops], rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        base = seconds(lambda: plain(model, crops))
+        base = seconds(partial(plain, model, crops))
         for name, read in ways.items():
-            found[name].append(seconds(lambda read=read: measured(model, read)) / base)
+            found[name].append(seconds(partial(measured, model, read)) / base)
     return found
 
 
