@@ -75,7 +75,7 @@ def gib(size: gpu_steps.Size = SIZE) -> dict[str, float]:
 
 
 def section(bytes_of_sums: float) -> str:
-    """`bytes_of_sums`: a layer, head, token and group of documents."""
+    """`bytes_of_sums`: a layer, head and token, with GROUPS groups of documents."""
     shown = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))
     rest, attention = seconds(shown)
     stock, rows, lines = rest + attention, training_calls(shown), []
@@ -84,7 +84,7 @@ def section(bytes_of_sums: float) -> str:
         least = min(row["ratio"]["median"] for row in of), min(row["floor"] for row in of)
         times = [rest + attention * ratio for ratio in least]
         lines.append((subject.replace("stock again", "stock"), *(f"{t:.0f} s, {t / stock:.2f}" for t in times)))
-    sums = bytes_of_sums * SIZE.layers * SIZE.heads * SIZE.length * GROUPS / 2**30
+    sums = bytes_of_sums * SIZE.layers * SIZE.heads * SIZE.length / 2**30
     return "\n\n".join(
         (
             f"Computed by `evals/at_scale.py` from products and from what one H200 showed at 135M parameters; nothing "
@@ -95,8 +95,8 @@ def section(bytes_of_sums: float) -> str:
             markdown_table(("modification", "as measured", "at the floor"), lines),
             "Memory on each GPU:",
             markdown_table(("what", "GiB"), [(name, f"{each:.2f}") for name, each in gib().items()]),
-            f"Measuring keeps {bytes_of_sums:.0f} bytes a layer, head, token and group of documents: with {GROUPS} "
-            f"groups {sums:.0f} GiB here, whatever is read. So much is kept in the memory beside the GPU; "
+            f"Measuring with {GROUPS} groups of documents keeps {bytes_of_sums:.0f} bytes a layer, head and token: "
+            f"{sums:.0f} GiB here, whatever is read. So much is kept in the memory beside the GPU; "
             "a measurement at that length wants fewer groups or shorter crops.",
         )
     )

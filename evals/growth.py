@@ -166,16 +166,19 @@ CALLS: dict[str, Callable[[dict[str, int], Path, dict[str, Any]], Callable[[], A
 
 
 def bytes_of_sums(p: dict[str, Any]) -> dict[str, float]:
-    """What a measurement keeps a layer, head, token and group of documents, at two lengths."""
+    """What a measurement with so many groups as at_scale has keeps a layer, head and token, at two lengths.
+
+    Counted at that number: some sums are by group and some are not.
+    """
     found = {}
     for length in (p["base"]["length"], 2 * p["base"]["length"]):
         size = p["base"] | {"length": length}
         model = model_of(size, modified=False).eval()
-        protocol = protocol_of(length, p["sequences"], 1)
+        protocol = protocol_of(length, at_scale.GROUPS, 1)
         with observing(model) as observation:
             sums, _ = capture(observation, crops_of(model, protocol), protocol)
         kept = sum(x.numel() * x.element_size() for layer in sums.layers.values() for x in layer.tensors.values())
-        found[str(length)] = kept / (size["layers"] * size["heads"] * length * protocol.groups)
+        found[str(length)] = kept / (size["layers"] * size["heads"] * length)
     return found
 
 

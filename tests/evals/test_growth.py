@@ -27,7 +27,7 @@ def test_the_program_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = growth.run("nano", tmp_path / "data", claim.Cells(tmp_path / "cells", say=str)) | {"protocol": toy}
     assert set(found["grown"]) == {f"{k} · {a}" for k in growth.THEORY for a in sizes} | {"sums"}
     kept = list(found["grown"]["sums"].values())
-    assert min(kept) > 4 * 8, "at least the window's eight sums, in four bytes each"
+    assert min(kept) > 4 * 8 * at_scale.GROUPS, "at least the window's eight sums for each group, in four bytes each"
     assert kept[1] == pytest.approx(kept[0], rel=0.25), "what is kept is linear in the length"
     text = growth.section(found)
     assert text.startswith("## How cost grows") and "computed" in text.lower()
